@@ -53,12 +53,12 @@ def load_torchvision_detector(
         ArgumentError: `size` is below 64.
     """
     entries = _list_weights(model)
-    trained_names = tuple(entries["DEFAULT"].meta["categories"]) if entries else ()
     categories = (BACKGROUND, *names)
     if weights == "random":
         detector = build_detector(model, len(categories), size, seed)
         return _wrap(model, detector, f"random (seed {seed})", categories)
 
+    trained_names = tuple(entries["DEFAULT"].meta["categories"]) if entries else ()
     if weights in entries:
         state, source = fetch_weights(entries[weights]), entries[weights].name
         categories = trained_names
@@ -66,8 +66,16 @@ def load_torchvision_detector(
         state, source = read_checkpoint(find_checkpoint(weights, model, list(entries)))
         state = rename_keys(state, source)
         require_plain(state, source)
-        categories = _name_classes(model, state, source, categories, trained_names)
     detector = build_detector(model, len(categories), size, seed)
+    count = _count_classes(detector, len(categories), state)
+    if count != len(categories):
+        if count != len(trained_names):
+            raise ModelError(
+                f"{source} has {count} classes with the background, and the data set has {len(categories)}.",
+                "load weights that were trained on this data set.",
+            )
+        categories = trained_names
+        detector = build_detector(model, count, size, seed)
     load_state(detector, state, model, source)
     return _wrap(model, detector, source, categories)
 
@@ -154,41 +162,18 @@ def _list_weights(model: str) -> dict[str, Any]:
     return dict(torchvision.models.get_model_weights(model).__members__)
 
 
-def _name_classes(
-    model: str,
-    state: StateDict,
-    source: str,
-    categories: tuple[str, ...],
-    trained_names: tuple[str, ...],
-) -> tuple[str, ...]:
-    """The classes of a checkpoint: those of the data set or of torchvision's weights, by their number.
+def _count_classes(detector: nn.Module, num_classes: int, state: StateDict) -> int:
+    """Number of classes of a state_dict: the first size of the last layers is a multiple of it.
 
-    Raises:
-        ModelError: It has another number of classes.
+    Args:
+        detector: A detector of the architecture.
+        num_classes: Its number of classes, which also counts for tensors of another architecture.
+        state: The tensors by name.
     """
-    count = _count_classes(model, state)
-    for candidate in (categories, trained_names):
-        if count in (len(candidate), None):
-            return candidate
-    raise ModelError(
-        f"{source} has {count} classes with the background, and the data set has {len(categories)}.",
-        "load weights that were trained on this data set.",
-    )
-
-
-def _count_classes(model: str, state: StateDict) -> int | None:
-    """Number of classes of a state_dict; None if its tensors are not those of the model.
-
-    The tensors of the last layers grow with the number of classes. How much is read off two small detectors.
-    """
-    smaller, larger = (_list_shapes(model, num_classes) for num_classes in (2, 3))
-    for name, shape in smaller.items():
-        growth = larger[name].numel() - shape.numel()
-        if growth and name in state:
-            return 2 + (state[name].numel() - shape.numel()) // growth
-    return None
-
-
-def _list_shapes(model: str, num_classes: int) -> dict[str, torch.Size]:
-    state = build_detector(model, num_classes).state_dict()
-    return {name: tensor.shape for name, tensor in state.items()}
+    for name, tensor in detector.state_dict().items():
+        trained = state.get(name, tensor)
+        if trained.shape == tensor.shape or trained.shape[1:] != tensor.shape[1:]:
+            continue
+        count, rest = divmod(trained.shape[0] * num_classes, tensor.shape[0])
+        return num_classes if rest else count
+    return num_classes

@@ -131,17 +131,12 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
             "pip install --upgrade ultralytics",
         )
     try:
-        content, _ = tasks.torch_safe_load(str(path), safe_only=True)
+        content: dict[str, Any] = tasks.torch_safe_load(str(path), safe_only=True)[0]
     except Exception as error:  # damaged files make the unpickler raise anything
         raise ModelError(
             f"{path} cannot be read as a model of ultralytics: {printable(error)}.",
             "pass a file that ultralytics has saved.",
         ) from error
-    if not isinstance(content, dict):
-        raise ModelError(
-            f"{path} holds a {type(content).__name__}; expected a model of ultralytics.",
-            "pass a file that ultralytics has saved.",
-        )
     return content
 
 
