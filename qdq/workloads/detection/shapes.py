@@ -222,7 +222,8 @@ def write_shapes(folder: Path, train: int, val: int, size: int, seed: int = 0) -
         for index in range(count):
             _write_picture(folder, part, index, pictures[index])
     names = dict(enumerate(SHAPE_NAMES))
-    content = {"path": ".", "train": "images/train", "val": "images/val", "names": names}
+    # Without a path, qdq and ultralytics both start at the folder of the file.
+    content = {"train": "images/train", "val": "images/val", "names": names}
     return write_atomic(folder / "shapes.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
