@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qdq import predict
+from qdq import WorkloadOptions, predict
 from qdq.errors import ArgumentError, ModelError
 
 pytest.importorskip("torchvision")
 pytest.importorskip("torchmetrics")
 
 from qdq.workloads import detection
-from qdq.workloads.detection import load_detection
+from qdq.workloads.detection import load_detector
 from qdq.workloads.detection.torchvision_detectors import (
     build_detector,
     load_torchvision_detector,
@@ -82,25 +82,29 @@ def test_a_tiny_size_is_refused():
 
 
 def test_a_workload_calibrates_and_evaluates_on_other_pictures(checkpoint):
-    workload = load_detection(
-        SSDLITE, str(checkpoint[1]), size=SIZE, calibration=3, evaluation=5, batch_size=2
+    options = WorkloadOptions(
+        SSDLITE, str(checkpoint[1]), calib_batches=2, eval_samples=5, batch_size=2
     )
+    workload = load_detector(options, SIZE)
     calibration, evaluation = list(workload.calibration), list(workload.evaluation)
-    assert [len(batch) for batch in calibration] == [2, 1]
+    assert [len(batch) for batch in calibration] == [2, 2]
     assert [len(batch) for batch in evaluation] == [2, 2, 1]
     assert evaluation[0].shape == (2, 3, SIZE, SIZE)
-    assert len(workload.training) == 1000
+    assert len(workload.load_training()) == 1000
     for image in torch.cat(calibration):
         assert not any(torch.equal(image, other) for other in torch.cat(evaluation))
 
-    figures = workload.score(lambda inputs: predict(workload.module, [inputs]))
+    assert len(workload.example) == 2
+    assert workload.calibration.subset(3).num_samples == 3
+    figures = workload.measure(workload.module)
     assert set(figures) == {"mAP", "mAP50"}
     assert 0 <= figures["mAP"] <= figures["mAP50"] < 0.2  # random weights
 
 
 def test_perfect_outputs_have_a_perfect_score(monkeypatch, checkpoint):
     """`score` compares with the objects of the images that it hands to `predict`."""
-    workload = load_detection(SSDLITE, size=SIZE, calibration=1, evaluation=3, batch_size=2)
+    options = WorkloadOptions(SSDLITE, "random", calib_batches=1, eval_samples=3, batch_size=2)
+    workload = load_detector(options, SIZE)
     pictures = workload.evaluation.pictures
     answers = iter([target for _, targets in pictures for target in targets])
 
@@ -117,12 +121,15 @@ def test_perfect_outputs_have_a_perfect_score(monkeypatch, checkpoint):
     assert perfect(lambda inputs: {}) == pytest.approx({"mAP": 1.0, "mAP50": 1.0})
 
 
-def test_weights_of_a_yolo_are_in_its_file(tmp_path):
-    with pytest.raises(ArgumentError, match="has its own"):
-        load_detection("yolo/model.pt", "DEFAULT")
-
-
-@pytest.mark.parametrize("option", ["calibration", "evaluation"])
-def test_no_pictures_are_refused(option):
-    with pytest.raises(ArgumentError, match=f"{option} is 0"):
-        load_detection(SSDLITE, **{option: 0})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "yolo/model.pt", "weights": "x.pt"}, "has its own"),
+        ({"calib_batches": 0}, "calib_batches x batch_size is 0"),
+        ({"eval_samples": 0}, "eval_samples is 0"),
+        ({"metric": "net.py:score"}, "is measured by mAP"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        load_detector(WorkloadOptions(**{"model": SSDLITE, "weights": "random", **options}))
