@@ -149,8 +149,10 @@ def _format_default_parity(parity: Parity) -> Iterator[str]:
 
 
 def _format_answers(name: str, parity: Parity) -> str:
-    """The agreement of a single output; of several, the largest element need not be an answer."""
-    return "" if name else f"same top-1 {parity.agreement:.1%}, "
+    """The agreement of a single output of classes; of several, the largest element need not be an answer."""
+    if name or parity.agreement is None:
+        return ""
+    return f"same top-1 {parity.agreement:.1%}, "
 
 
 def _list_outputs(parity: Parity) -> list[tuple[str, Parity]]:

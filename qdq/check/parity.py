@@ -22,6 +22,7 @@ from qdq.metrics import (
     agreement,
     cosine,
     count_rows,
+    has_classes,
     list_batches,
     max_abs_difference,
     pair_arrays,
@@ -164,7 +165,7 @@ class Parity:
         max_abs: Largest absolute difference.
         cosine: Cosine of all outputs as one vector.
         sqnr_db: SQNR in dB of the second outputs against the first.
-        agreement: Fraction of samples with the same largest output, 0..1.
+        agreement: Fraction of samples with the same largest output, 0..1; None if the output is not `[N, classes]`.
         exact: Fraction of samples whose outputs differ by float rounding only (1e-4 of their largest value).
         tie_floor_db: SQNR in dB with an error from rounding ties only (`evaluate.measure_tie_floor`), None if not
             measured.
@@ -175,7 +176,7 @@ class Parity:
     max_abs: float
     cosine: float
     sqnr_db: float
-    agreement: float
+    agreement: float | None
     exact: float
     tie_floor_db: float | None
     outputs: Mapping[str, Parity] = field(default_factory=dict)
@@ -263,7 +264,7 @@ def _measure_output(expected: Batches, actual: Batches, tie_floor_db: float | No
         max_abs=max_abs_difference(reference, outputs),
         cosine=cosine(reference, outputs),
         sqnr_db=decibels,
-        agreement=agreement(reference, outputs),
+        agreement=agreement(reference, outputs) if has_classes(expected) else None,
         exact=float(np.concatenate(is_exact).mean()),
         tie_floor_db=tie_floor_db,
     )

@@ -169,6 +169,15 @@ class TestParity:
         assert parity.exact == pytest.approx(1 / 3)
         assert parity.sqnr_db == pytest.approx(10 * np.log10(31 / (0.3**2 + 1.2**2)))
 
+    def test_only_classes_have_a_largest_output(self, float_file):
+        columns = np.ones((4, 5, 3))
+        assert measure_parity(columns, columns).agreement is None
+        report = check_onnx(float_file, expected=columns, found=columns)
+        assert "top-1" not in report.format_table()
+        classes = np.ones((4, 3))
+        report = check_onnx(float_file, expected=classes, found=classes)
+        assert "same top-1 100.0%" in report.format_table()
+
     @pytest.mark.parametrize(
         ("floor", "required"), [(None, 30), (50.0, 30), (33.0, 30), (25.0, 22), (np.inf, 30)]
     )
