@@ -112,11 +112,11 @@ def score_detector(stage: str, predict: Predict) -> dict[str, float]:
         predict: Its inputs -> its outputs by name.
 
     Returns:
-        recall and precision: of the 48 faces; a face is found by a box whose IoU with its patch is 0.4 or more, since a
+        recall and precision: of the 32 faces; a face is found by a box whose IoU with its patch is 0.4 or more, since a
             patch has a margin around the face. IoU: mean overlap of the boxes with those of the float detector, 0 where
             there is none.
     """
-    scenes, faces = _draw_scenes((LABELLED_PHOTOGRAPHS,), first_face=50)
+    scenes, faces = _draw_scenes((LABELLED_PHOTOGRAPHS,), number=8, first_face=50)
     boxes = _detect(PredictedStage(stage, predict), scenes)
     num_found = 0
     num_right = 0
@@ -170,7 +170,7 @@ def _make_detector() -> MTCNN:
 
 def _batch_inputs(stage: str, batch_size: int = 8) -> list[torch.Tensor]:
     """What a network of the float detector gets, in batches of one size and in random order."""
-    scenes, _ = _draw_scenes(CALIBRATION_PHOTOGRAPHS, first_face=0)
+    scenes, _ = _draw_scenes(CALIBRATION_PHOTOGRAPHS, number=12, first_face=0)
     detector = _make_detector()
     inputs: list[torch.Tensor] = []
     getattr(detector, stage).register_forward_pre_hook(
@@ -196,12 +196,13 @@ def _map_size(pixels: int) -> int:
 
 
 def _draw_scenes(
-    sources: tuple[PhotographSource, ...], first_face: int
+    sources: tuple[PhotographSource, ...], number: int, first_face: int
 ) -> tuple[list[Image.Image], list[torch.Tensor]]:
     """Photographs into which four faces each are pasted, one in each quarter.
 
     Args:
-        sources: Where the photographs are from; the first 12 are used, again from the start if there are fewer.
+        sources: Where the photographs are from; they are used in turn.
+        number: Number of images.
         first_face: Number of the first face, of 100.
 
     Returns:
@@ -212,7 +213,7 @@ def _draw_scenes(
     files = find_photographs(sources)
     scenes = []
     faces = []
-    for index in range(12):
+    for index in range(number):
         scene = read_image(files[index % len(files)]).resize((SCENE_SIZE, SCENE_SIZE))
         boxes = []
         for quarter in range(4):
@@ -247,7 +248,7 @@ def _to_tensor(boxes: Any) -> torch.Tensor:
 @functools.cache
 def _detect_in_float() -> list[torch.Tensor]:
     """Boxes of the float detector on the images of the score."""
-    scenes, _ = _draw_scenes((LABELLED_PHOTOGRAPHS,), first_face=50)
+    scenes, _ = _draw_scenes((LABELLED_PHOTOGRAPHS,), number=8, first_face=50)
     return _detect(None, scenes)
 
 

@@ -46,10 +46,10 @@ def build() -> nn.Module:
 
 
 def batches() -> list[torch.Tensor]:
-    """16 batches of 8 cuts, of other photographs than those of the score."""
-    images = _draw_cuts(find_photographs(CALIBRATION_PHOTOGRAPHS), number=16, seed=0)
+    """16 batches of 4 cuts, of other photographs than those of the score."""
+    images = _draw_cuts(find_photographs(CALIBRATION_PHOTOGRAPHS), number=8, seed=0)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return list(torch.split(images[order], 8))
+    return list(torch.split(images[order], 4))
 
 
 def score(predict: Predict) -> dict[str, float]:

@@ -95,10 +95,8 @@ class SentenceEncoder(nn.Module):
 
 def build() -> nn.Module:
     """MiniLM with its weights."""
-    # No output depends on the pooler of BERT, and the export refuses layers that nothing depends on.
-    network = AutoModel.from_pretrained(
-        _model_folder(), local_files_only=True, add_pooling_layer=False
-    )
+    network = AutoModel.from_pretrained(_model_folder(), local_files_only=True)
+    network.pooler = None  # no output depends on it, and the export refuses such layers
     return SentenceEncoder(network).eval()
 
 

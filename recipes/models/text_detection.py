@@ -112,7 +112,7 @@ def score(predict: Predict) -> dict[str, float]:
     Args:
         predict: Images `[N, 3, 160, 224]` -> region and affinity.
     """
-    images, words = _draw_pages(find_photographs([LABELLED_PHOTOGRAPHS]), 8, seed=1)
+    images, words = _draw_pages(find_photographs([LABELLED_PHOTOGRAPHS]), 6, seed=1)
     num_words = 0
     num_boxes = 0
     overlaps: list[float] = []
