@@ -483,7 +483,7 @@ def _require_quantizers(lost: Collection[str]) -> None:
     if lost:
         raise ExportError(
             f"{len(lost)} quantizers ran and have no Q/DQ in the exported graph: {', '.join(sorted(lost))}.",
-            "no output depends on the tensors that they quantize: return them, or disable_quantization there.",
+            "no output depends on the tensors that they quantize: return them, or exclude these layers with exclude=.",
         )
 
 
