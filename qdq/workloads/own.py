@@ -17,7 +17,7 @@ from torch import nn
 
 from qdq.batch import count_samples, find_labels, require_batches, take_samples
 from qdq.errors import ArgumentError, DataError, ModelError, QdqError
-from qdq.forward import call_model, evaluating
+from qdq.forward import call_model, evaluating, require_model
 from qdq.outputs import name_outputs
 from qdq.seeds import seeded_rng
 from qdq.text import list_names, printable
@@ -72,7 +72,7 @@ def load_own(options: WorkloadOptions) -> Workload:
         score = load_function(options.metric, "--metric")
     module = _build(build, options)
     calibration_batches, evaluation_batches = _divide(make_batches, options)
-    has_answers = _gives_classes(module, calibration_batches[0])
+    has_answers = _gives_classes(module, calibration_batches[0], options)
     calibration = SampleBatches(
         calibration_batches,
         f"the first {len(calibration_batches)} batches of {options.data}",
@@ -184,6 +184,7 @@ def _build(build: Callable[..., Any], options: WorkloadOptions) -> nn.Module:
     """The module in evaluation mode.
 
     Raises:
+        ArgumentTypeError: The module cannot be quantized (`require_model`).
         ModelError: The function fails, or returns something else.
     """
     with torch.inference_mode(False), seeded_rng(options.seed):
@@ -201,6 +202,7 @@ def _build(build: Callable[..., Any], options: WorkloadOptions) -> nn.Module:
             f"{options.model} returns a {type(module).__name__}; expected a torch module.",
             "return the network.",
         )
+    require_model(module)
     return module.eval()
 
 
@@ -250,14 +252,26 @@ def _take(batches: Iterable[Any], num_samples: int) -> list[Any]:
     return taken
 
 
-def _gives_classes(module: nn.Module, batch: Any) -> bool:
+def _gives_classes(module: nn.Module, batch: Any, options: WorkloadOptions) -> bool:
     """Whether the network has one output `[N, classes]`. It is run here so that it fails before any work.
 
     Raises:
+        ModelError: Its forward fails.
         QdqError: The batch is not what its forward takes.
     """
+    sample = take_samples(batch, 1)
     with evaluating(module):
-        outputs = list(name_outputs(call_model(module, take_samples(batch, 1))).values())
+        try:
+            result = call_model(module, sample)
+        except QdqError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{options.model} fails on the first sample of {options.data}: "
+                f"{_describe(error, _path_of(options.model))}.",
+                "call the network on a batch in python to see the whole error, or pass -v.",
+            ) from error
+    outputs = list(name_outputs(result).values())
     return len(outputs) == 1 and outputs[0].dim() == 2
 
 

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from qdq import ArgumentError, DataError, ModelError, WorkloadOptions, load_workload
+from qdq import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    ModelError,
+    WorkloadOptions,
+    load_workload,
+)
 from qdq.cli.main import main
 
 GOOD = """
@@ -105,6 +112,8 @@ def test_labels_of_a_classifier_are_its_classes(net):
         ({"model": "syntax.py:f"}, ArgumentError, "SyntaxError", "-v"),
         ({"model": "bad.py:fails"}, ModelError, r"KeyError: 'weights' \(line 3\)", "-v"),
         ({"model": "bad.py:number"}, ModelError, "returns a int; expected a torch module", "network"),
+        ({"model": "bad.py:scripted"}, ArgumentTypeError, "scripted .TorchScript.", "Python module"),
+        ({"model": "bad.py:narrow", "calib_batches": 1}, ModelError, "fails on the first sample of net.py", "-v"),
         ({"data": "bad.py:fails"}, DataError, r"bad.py:fails fails: KeyError", "-v"),
         ({"data": "bad.py:number"}, Exception, "batches is of type int", "list of batches"),
         ({"data": "bad.py:nothing"}, DataError, "returns 0 batches", "return more batches"),
@@ -119,6 +128,8 @@ def test_what_cannot_be_used_is_named(net, options, kind, message, fix):
     (folder / "bad.py").write_text(
         "import torch\ndef fails():\n    return {}['weights']\ndef number():\n    return 3\n"
         "def nothing():\n    return []\n"
+        "class Narrow(torch.nn.Module):\n    def forward(self, image):\n        return image @ torch.ones(3, 3)\n"
+        "def narrow():\n    return Narrow()\ndef scripted():\n    return torch.jit.script(torch.nn.ReLU())\n"
     )
     with pytest.raises(kind, match=message) as caught:
         load(**options)
