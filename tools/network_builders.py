@@ -265,15 +265,17 @@ def _enter_package(name: str) -> tuple[ModuleType, Path]:
 
 
 def save_yolo(name: str, path: Path) -> None:
-    """Save a YOLO of ultralytics with random weights.
+    """Save a YOLO of ultralytics with random weights, for images of 320 pixels and the classes of the drawn shapes.
 
     Args:
         name: Its configuration, such as "yolo11n".
         path: The file, `.pt`.
     """
-    ultralytics = importlib.import_module("ultralytics")
+    tasks = importlib.import_module("ultralytics.nn.tasks")
     torch.manual_seed(0)
-    ultralytics.YOLO(f"{name}.yaml").save(path)
+    detector = tasks.DetectionModel(f"{name}.yaml", nc=3, verbose=False)
+    detector.names = dict(enumerate(("circle", "square", "triangle")))
+    torch.save({"model": detector, "train_args": {"imgsz": 320}}, path)
 
 
 # Networks of packages with random weights
