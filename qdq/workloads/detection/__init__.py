@@ -13,6 +13,7 @@ import torch
 
 from qdq.errors import ArgumentError
 from qdq.seeds import seeded_rng
+from qdq.text import list_names
 from qdq.workloads.detection.loaded_detector import DetectorInputs, LoadedDetector, make_score
 from qdq.workloads.detection.pictures import PictureBatches, Pictures
 from qdq.workloads.detection.shapes import SHAPE_NAMES, ShapePictures
@@ -37,7 +38,8 @@ def load_detector(options: WorkloadOptions, size: int | None = None) -> Workload
         size: Side of the images in pixels; None means that of the model.
 
     Raises:
-        ArgumentError: A number is below 1, a metric, or weights for a file of ultralytics.
+        ArgumentError: A number is below 1, a metric, weights for a file of ultralytics, or no data for a detector that
+            does not know the generated shapes.
         DataError: The data set cannot be read.
         DependencyError: A package is not installed.
         ModelError: The model or its weights cannot be loaded, or lack a class of the data set.
@@ -57,6 +59,8 @@ def load_detector(options: WorkloadOptions, size: int | None = None) -> Workload
     data_set = None if options.data is None else read_yolo_data(Path(options.data))
     names = SHAPE_NAMES if data_set is None else data_set.names
     detector = _load_network(options, names, size)
+    if data_set is None:
+        _require_shapes(options.model, detector)
     train: Pictures = ShapePictures(_TRAINING_SHAPES, detector.size, 2 * options.seed)
     val: Pictures = ShapePictures(options.eval_samples, detector.size, 2 * options.seed + 1)
     if data_set is not None:
@@ -90,6 +94,19 @@ def _load_network(
             "leave --weights out.",
         )
     return load_yolo(Path(options.model.removeprefix(YOLO_PREFIX)), size)
+
+
+def _require_shapes(model: str, detector: LoadedDetector) -> None:
+    """Refuse the generated pictures for a detector that was trained on other classes.
+
+    Raises:
+        ArgumentError: It lacks a class of the pictures.
+    """
+    if not set(SHAPE_NAMES) <= set(detector.categories):
+        raise ArgumentError(
+            f"{model} needs pictures: the generated ones show {list_names(SHAPE_NAMES, 3)}, which it does not know.",
+            "pass --data FILE.yaml, a data set with its classes.",
+        )
 
 
 def _draw_batches(
