@@ -117,11 +117,12 @@ def _output_sizes(node: ir.Node) -> list[int]:
     return _read_sizes(node.outputs[0])
 
 
-def _read_sizes(value: ir.Value | None) -> list[int]:
+def _read_sizes(value: ir.Value | None, first: int | None = None) -> list[int]:
+    """The sizes of a value, or only the first ones."""
     if value is None or value.shape is None:
         raise _UnknownSizeError
     sizes = []
-    for size in value.shape:
+    for size in value.shape[:first]:
         if not isinstance(size, int):
             raise _UnknownSizeError
         sizes.append(size)
@@ -165,9 +166,10 @@ def _count_product(node: ir.Node) -> int:
 def _count_recurrent(node: ir.Node) -> int:
     """Each step multiplies its input and the hidden state by the weights of all gates.
 
-    Input `[T, N, I]` or `[N, T, I]`, weights `[directions, gates H, I]` and `[directions, gates H, H]`.
+    Input `[T, N, I]` or `[N, T, I]`, weights `[directions, gates H, I]` and `[directions, gates H, H]`. I is read from
+    the weights: the exporter of torch reshapes the input of all layers but the first by a computed shape.
     """
-    steps = math.prod(_sizes_of(node, 0)[:2])
+    steps = math.prod(_read_sizes(input_of(node, 0), first=2))
     return steps * (math.prod(_sizes_of(node, 1)) + math.prod(_sizes_of(node, 2)))
 
 

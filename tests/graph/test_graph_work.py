@@ -34,6 +34,15 @@ def test_recurrent_layers_multiply_in_each_step(kind, gates):
     assert "R-RNN" in layer.reason
 
 
+def test_the_width_of_a_recurrent_input_is_that_of_the_weights():
+    """torch's exporter joins the layers of an LSTM by a reshape to a computed shape."""
+    layer = layer_of(
+        "g (float[5,1,width] x, float[1,32,6] w, float[1,32,8] r) => (y)"
+        "{ y = LSTM <hidden_size = 8> (x, w, r) }"
+    )
+    assert layer.macs == 5 * 4 * 8 * (6 + 8)
+
+
 @pytest.mark.parametrize(
     ("equation", "shapes"),
     [
