@@ -19,7 +19,10 @@ Metric = Callable[[nn.Module], float]
 _METRIC_TARGETS = ("target_metric", "target_drop")
 _TARGETS = ("target_sqnr", *_METRIC_TARGETS)
 DEFAULT_FLOAT_SHARE = 0.1
-"""Fraction of all MACs that a search moves to float at most, unless max_float_share says how much may be in float."""
+"""Fraction of the int8 MACs that a search moves to float at most, unless max_float_share says how much may be in float.
+
+A fraction of all MACs would leave nothing in int8 where most of the work is in float anyway.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Options:
         """
         if self.max_float_share is not None:
             return self.max_float_share
-        return min(1.0, initial + DEFAULT_FLOAT_SHARE)
+        return initial + DEFAULT_FLOAT_SHARE * (1 - initial)
 
     @property
     def chosen_metric(self) -> ChosenMetric:

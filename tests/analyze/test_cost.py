@@ -204,6 +204,17 @@ def test_what_is_float_already_does_not_use_up_the_default():
     assert analysis.float_layers == ["0"]
 
 
+def test_the_only_int8_layer_stays_in_int8_however_small_it_is():
+    """The default is a tenth of the int8 work; a tenth of all work would leave nothing in int8."""
+    model, batch = Unequal().eval(), torch.randn(8, 16)
+    swap_modules(model, batch, include=["0"])
+    calibrate_model(model, [batch], method="max")
+    analysis = analyze_layers(model, [batch], max_float_layers=3)
+    assert analysis.float_share > 0.95
+    assert analysis.float_layers == []
+    assert "(max_float_share)" in analysis.kept["0"]
+
+
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
 def test_a_layer_that_was_tried_in_vain_says_so(mode):
     model, batch = Unequal().eval(), torch.randn(8, 16)
