@@ -131,8 +131,8 @@ def crepe_frames() -> list[Tensor]:
 
 
 def waveforms() -> list[Tensor]:
-    """Tones of a voice `[4, 8000]` at 16 kHz."""
-    return list(torch.split(0.3 * _draw_tones(8000), BATCH_SIZE))
+    """Tones of a voice `[4, 20000]` at 16 kHz."""
+    return list(torch.split(0.3 * _draw_tones(20000), BATCH_SIZE))
 
 
 def vad_chunks() -> list[Tensor]:
