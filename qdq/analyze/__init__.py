@@ -110,8 +110,8 @@ def analyze_layers(
         max_float_layers: Upper limit on the layers left in float, not counting pinned and already-float layers;
             0 only ranks.
         max_float_share: Upper limit on the fraction of MACs left in float (0 to 1), counting pinned and already-float
-            layers. None: the search may move at most 10 % of the int8 MACs to float, whatever is in float already; 1 lifts
-            that. The result says if the limit kept a layer in int8.
+            layers. None: the search may move at most 10 % of the int8 MACs to float, whatever is in float already;
+            1 lifts that. The result says if the limit kept a layer in int8.
         budget: Seconds. Only the first evaluation may begin after that. Units that are not measured by then have no
             gain and are listed in `unmeasured`; a step that is not finished by then is not taken. The ranking gets 3/4
             of the budget if layers may be left in float.
