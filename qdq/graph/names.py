@@ -160,7 +160,8 @@ def scope_of(node: ir.Node, modules: Collection[str] = frozenset()) -> str:
     path = ""
     last_scope = ""
     module_scopes = ast.literal_eval(scopes)[:-1]
-    for scope in module_scopes:
+    for written_scope in module_scopes:
+        scope = _strip_source(written_scope, modules)
         is_inside_last = bool(last_scope) and scope.startswith(f"{last_scope}.")
         if is_inside_last:
             path += scope.removeprefix(last_scope)
@@ -171,6 +172,24 @@ def scope_of(node: ir.Node, modules: Collection[str] = frozenset()) -> str:
         last_scope = scope
 
     return str(path)
+
+
+def _strip_source(scope: str, modules: Collection[str]) -> str:
+    """A scope without the way by which torch's tracer of bytecode reached the model: its longest end that is a module.
+
+    Args:
+        scope: For example `L['self'].__closure__[0].cell_contents._model.head`.
+        modules: Dotted names of all modules.
+
+    Returns:
+        "" if no end of such a scope is a module.
+    """
+    if "[" not in scope:
+        return scope
+    end = scope
+    while end and end not in modules:
+        _, _, end = end.partition(".")
+    return end
 
 
 def _name_parameters(

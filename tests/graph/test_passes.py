@@ -6,7 +6,7 @@ import pytest
 
 from qdq import ExportError
 from qdq.graph.coverage import count_qdq, list_work_nodes
-from qdq.graph.names import NameNodes
+from qdq.graph.names import NameNodes, scope_of
 from qdq.graph.passes import run_passes
 from qdq.graph.weights import QuantizeWeights
 
@@ -55,6 +55,16 @@ def test_names():
         "c._weight_quantizer.scale",
     } <= names
     assert "xs" not in names
+
+
+def test_the_way_to_the_model_is_no_name():
+    """In strict mode, torch writes how its tracer reached the model."""
+    model = conv_model()
+    way = "dict(type(L['self']).__dict__)['__call__'].__closure__[0].cell_contents._model"
+    for node, scope in zip(model.graph, [way, f"{way}.c", f"{way}.c.head", "c", ""], strict=True):
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = str(["", scope, "op"])
+    modules = {"c", "c.head", "head"}
+    assert [scope_of(node, modules) for node in model.graph] == ["", "c", "c.head", "c", ""]
 
 
 def test_names_of_equal_nodes_differ():
