@@ -502,12 +502,14 @@ def _find_float_notes(collection: Collection, statistics: Statistics) -> dict[st
     float_notes = dict(notes)
     for layer in collection.layers.values():
         names = [collection.names[quantizer] for quantizer in layer.quantizers().values()]
-        causes = [notes[name] for name in names if name in notes]
+        causes = [name for name in names if name in notes]
         if not causes:
             continue
+        _, _, kind = causes[0].rpartition(".")
+        note = f"the {kind} of its layer has no range: {notes[causes[0]]}"
         for name in names:
             if name in collection.weights or name in collection.leaders:
-                float_notes.setdefault(name, causes[0])
+                float_notes.setdefault(name, note)
     return float_notes
 
 
