@@ -238,6 +238,50 @@ def transnet() -> nn.Module:
     return network
 
 
+class _ShotDetector(nn.Module):
+    """TransNetV2 without the histograms of colours, which TensorRT cannot compute."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        network.color_hist_layer.compute_color_histograms = _return_same
+
+    def forward(self, frames: Tensor, histograms: Tensor) -> dict[str, Tensor]:
+        """Frames `[N, T, 27, 48, 3]` from 0 to 255 and histograms `[N, T, 512]` -> logits of a cut, `[N, T, 1]`."""
+        maps = frames.permute(0, 4, 1, 2, 3) / 255
+        stages = []
+        for stage in self.network.SDDCNN:
+            maps = stage(maps)
+            stages.append(maps)
+        similarity = self.network.frame_sim_layer(stages)
+        colours = self.network.color_hist_layer(histograms)
+        flat = maps.permute(0, 2, 3, 4, 1).flatten(2)
+        features = self.network.fc1(torch.cat([colours, similarity, flat], dim=2)).relu()
+        return {
+            "cut": self.network.cls_layer1(features),
+            "in_transition": self.network.cls_layer2(features),
+        }
+
+
+def _return_same(histograms: Tensor) -> Tensor:
+    return histograms
+
+
+def transnet_histograms() -> nn.Module:
+    """TransNetV2 that gets the histograms of colours from its caller."""
+    return _ShotDetector(transnet())
+
+
+def films_with_histograms() -> list[dict[str, Tensor]]:
+    """Films with the histograms of their frames, each of length 1."""
+    module = importlib.import_module("transnetv2_pytorch.transnetv2_pytorch")
+    batches = []
+    for films in frames_of_films():
+        histograms = module.ColorHistograms.compute_color_histograms(films)
+        batches.append({"frames": films.float(), "histograms": histograms})
+    return batches
+
+
 def silero_vad() -> nn.Module:
     """The voice detector of Silero, which is TorchScript."""
     network: nn.Module = importlib.import_module("silero_vad").load_silero_vad()
