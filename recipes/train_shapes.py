@@ -1,7 +1,7 @@
 """Trains a small detector on generated pictures of circles, squares and triangles, on a CPU in minutes.
 
 python recipes/train_shapes.py --model yolo11n --output yolo11n.pt
-python recipes/train_shapes.py --model ssdlite320_mobilenet_v3_large --output ssdlite.pth --json figures.json
+python recipes/train_shapes.py --model ssdlite320_mobilenet_v3_large --output ssdlite.pth --steps 600
 
 The name of a YAML file of ultralytics, such as yolo11n, needs ultralytics, whose licence is AGPL-3.0. Its file is then
 the model `yolo/yolo11n.pt`. Any other name is a detector of torchvision, whose file is a checkpoint of weights.
