@@ -45,9 +45,9 @@ def list_passes(model: nn.Module) -> list[AccuracyPass]:
     """The passes that have changed a model, in the order of their ranks.
 
     Args:
-        model: Any model.
+        model: Any model; what is none has no passes, and the call that got it refuses it.
     """
-    passes: list[AccuracyPass] = vars(model).get(_ATTRIBUTE, [])
+    passes: list[AccuracyPass] = getattr(model, "__dict__", {}).get(_ATTRIBUTE, [])
     return list(passes)
 
 

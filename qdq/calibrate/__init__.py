@@ -213,7 +213,6 @@ def calibrate_model(
     if held is not None:
         require_batches(held)
     hold_out = method == BEST and held is None
-    require_model(model)
     with redoing_passes(model):
         collected = collect_and_hold_out(model, batches, num_batches, statistics, hold_out=hold_out)
         held_out = collected.held_out if held is None else list(held)
