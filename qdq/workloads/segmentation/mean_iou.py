@@ -48,7 +48,7 @@ def _make_metric(num_classes: int) -> Any:
         from torchmetrics.classification import MulticlassJaccardIndex
     except ImportError as error:
         raise DependencyError(
-            f"the mean IoU needs torchmetrics ({error}).", "pip install torchmetrics"
+            f"the mean IoU needs torchmetrics ({error}).", "pip install 'qdq[metrics]'"
         ) from error
     return MulticlassJaccardIndex(num_classes, average="macro", ignore_index=IGNORED)
 
