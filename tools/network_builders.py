@@ -213,6 +213,21 @@ def crepe() -> nn.Module:
     return network
 
 
+class _PitchTracker(nn.Module):
+    """PESTO without the confidence, whose weights are in another file: waveforms `[N, samples]` -> `[N, T, 384]`."""
+
+    def __init__(self, spectrum: nn.Module, crop: nn.Module, encoder: nn.Module) -> None:
+        super().__init__()
+        self.spectrum = spectrum
+        self.crop = crop
+        self.encoder = encoder
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        spectra = self.spectrum(waveforms)
+        pitches: Tensor = self.encoder(self.crop(spectra.flatten(0, 1)))
+        return pitches.unflatten(0, spectra.shape[:2])
+
+
 def pesto() -> nn.Module:
     """The pitch tracker PESTO, from the waveform on."""
     _, folder = _enter_package("pesto")
@@ -221,14 +236,18 @@ def pesto() -> nn.Module:
     path = folder / "weights" / "mir-1k.ckpt"
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     settings = checkpoint["hparams"]
-    network: nn.Module = parts.PESTO(
-        parts.Resnet1d(**settings["encoder"]),
+    network = _PitchTracker(
         data.Preprocessor(hop_size=20, sampling_rate=16000, **checkpoint["hcqt_params"]),
-        settings["pitch_shift"],
-        settings["reduction"],
+        parts.CropCQT(**settings["pitch_shift"]),
+        parts.Resnet1d(**settings["encoder"]),
     )
-    network.load_state_dict(checkpoint["state_dict"], strict=False)  # it lacks what is computed
+    # The spectrum has no weights, but numbers that are computed.
+    network.load_state_dict(_select(checkpoint["state_dict"], "encoder."), strict=False)
     return network
+
+
+def _select(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def transnet() -> nn.Module:
