@@ -307,7 +307,7 @@ def _list_findings(results: _StageResults) -> list[str]:
 def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults) -> str:
     """One block for each stage: a title, and below it its table."""
     missed = sections["summary"]["missed_modules"]
-    shown_plan = _drop_missed(results.plan, missed)
+    shown_plan = _hide_missed(results.plan, missed)
     printable_results = make_printable(replace(results, plan=shown_plan))
     data = sections["data"]
     titles_of_data = ("calibration", "evaluation", "labels")
@@ -334,12 +334,17 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
     return _join_lines(text.split("\n"))
 
 
-def _drop_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
-    """Drop the missed modules that are listed with their calls from a plan; `missed` names the others."""
+def _hide_missed(plan: SwapPlan, missed: Sequence[str]) -> SwapPlan:
+    """A plan that does not list the missed modules whose calls are listed; their MACs still count.
+
+    Args:
+        plan: The plan.
+        missed: Names of the others.
+    """
     modules = []
     for module in plan.modules:
-        if module.action != "missed" or module.name in missed:
-            modules.append(module)
+        is_hidden = module.action == "missed" and module.name not in missed
+        modules.append(replace(module, action="calls") if is_hidden else module)
 
     return replace(plan, modules=tuple(modules))
 

@@ -276,7 +276,10 @@ def test_calls_with_weights_are_layers_with_weights(finished, layers):
     assert "3 of 5 layers with weights are int8" in render_report(report)
     assert [module.name for module in finished[1]["plan"].of("missed")] == [""]
     assert not [row for row in list_skipped(report) if row.stage == "swap" and row.is_bad]
-    assert "missed: 0" in (finished[0] / "report.txt").read_text()
+    text = (finished[0] / "report.txt").read_text()
+    assert "missed: 0" in text
+    plan = finished[1]["plan"]  # the work of the call counts
+    assert f"{plan.share_of(plan.of('quantize')):.1%} of all MACs in quantized layers" in text
     with pytest.raises(
         qdq.ArgumentError,
         match=r"the model is a Branches that is represented by its calls.* choose one of .*conv2d",
