@@ -225,7 +225,7 @@ class _PitchTracker(nn.Module):
     def forward(self, waveforms: Tensor) -> Tensor:
         spectra = self.spectrum(waveforms)
         pitches: Tensor = self.encoder(self.crop(spectra.flatten(0, 1)))
-        return pitches.unflatten(0, spectra.shape[:2])
+        return torch.unflatten(pitches, 0, spectra.shape[:2])
 
 
 def pesto() -> nn.Module:
@@ -328,17 +328,20 @@ def _enter_package(name: str) -> tuple[ModuleType, Path]:
 
 
 def save_yolo(name: str, path: Path) -> None:
-    """Save a YOLO of ultralytics with random weights, for images of 320 pixels and the classes of the drawn shapes.
+    """Save a YOLO of ultralytics with random weights, for images of 160 pixels and the classes of the drawn shapes.
 
     Args:
         name: Its configuration, such as "yolo11n".
         path: The file, `.pt`.
     """
+    from zoo_models import warm_batchnorm
+
     tasks = importlib.import_module("ultralytics.nn.tasks")
     torch.manual_seed(0)
     detector = tasks.DetectionModel(f"{name}.yaml", nc=3, verbose=False)
+    warm_batchnorm(detector, photographs_160())  # else the outputs hardly depend on the image
     detector.names = dict(enumerate(("circle", "square", "triangle")))
-    torch.save({"model": detector, "train_args": {"imgsz": 320}}, path)
+    torch.save({"model": detector, "train_args": {"imgsz": 160}}, path)
 
 
 # Networks of packages with random weights
