@@ -43,6 +43,11 @@ SESSIONS: tuple[Session, ...] = ("plain", "default")
 # MaxPool, which pads with the smallest number: both change the results of the file.
 _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
 
+# ONNX Runtime 1.32 copies the DQ of a weight for each layer that reads it. Then this optimizer, which is part of
+# session.x64quantprecision, writes the weight once for each copy under the same name, and the file is not loaded.
+_OPTIMIZER_OF_WEIGHTS = "QDQS8ToU8Transformer"
+_SAME_NAME = "Attempt to replace the existing tensor"
+
 
 class OnnxModel:
     """An ONNX file as a function of arrays.
@@ -129,6 +134,17 @@ def _start_session(path: Path, session: Session) -> onnxruntime.InferenceSession
         disabled_optimizers = _WRONG_OPTIMIZERS
     else:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return _load(path, options, disabled_optimizers)
+    except Exception as error:  # the exception types of ONNX Runtime have no common base
+        if session == "plain" or _SAME_NAME not in str(error):
+            raise
+    return _load(path, options, [_OPTIMIZER_OF_WEIGHTS])
+
+
+def _load(
+    path: Path, options: onnxruntime.SessionOptions, disabled_optimizers: list[str]
+) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(
         str(path),
         options,
