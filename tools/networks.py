@@ -177,8 +177,8 @@ NETWORKS: dict[str, Network] = {
     "ssdlite": Network(
         "detector", "random", _named("ssdlite320_mobilenet_v3_large", *_RANDOM), _DETECTION
     ),
-    "retinanet": Network(
-        "detector", "random", _named("retinanet_resnet50_fpn", *_RANDOM), _DETECTION
+    "fasterrcnn": Network(
+        "detector", "random", _named("fasterrcnn_mobilenet_v3_large_320_fpn", *_RANDOM), _DETECTION
     ),
     "detr": Network(
         "detector of transformers",
