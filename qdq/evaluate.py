@@ -214,7 +214,7 @@ def evaluate_outputs(
     outputs: Mapping[str, Outputs],
     labels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     *,
-    files: Mapping[str, Path | nn.Module] | None = None,
+    files: Mapping[str, Path | str | nn.Module] | None = None,
     scores: Mapping[str, Mapping[str, float]] | None = None,
     num_samples: int | None = None,
 ) -> Evaluation:
@@ -351,12 +351,13 @@ def _measure_accuracy(
     return top_k(logits, classes, 1), top_k(logits, classes, 5)
 
 
-def _measure_size(source: Path | nn.Module | None) -> float | None:
+def _measure_size(source: Path | str | nn.Module | None) -> float | None:
     """Megabytes of a file with its external data, or of the parameters of a module."""
     if source is None:
         return None
-    if isinstance(source, Path):
-        files = [source, *list_data_files(source)]
+    if isinstance(source, str | Path):
+        path = Path(source)
+        files = [path, *list_data_files(path)]
         return sum(file.stat().st_size for file in files) / 1e6
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in source.parameters())
     return num_bytes / 1e6

@@ -244,6 +244,8 @@ class TestTable:
         )
         (candidate,) = evaluate_outputs({"file": self.reference}, files={"file": path}).candidates
         assert candidate.megabytes == pytest.approx((path.stat().st_size + 4000) / 1e6)
+        (same,) = evaluate_outputs({"file": self.reference}, files={"file": str(path)}).candidates
+        assert same.megabytes == candidate.megabytes
 
     def test_text(self):
         text = evaluate_outputs(
