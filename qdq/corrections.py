@@ -106,7 +106,7 @@ def redo_passes(model: nn.Module, passes: list[AccuracyPass]) -> None:
 def redoing_passes(model: nn.Module) -> Iterator[None]:
     """In the block the model has the weights of the float model; after it, the passes are done again.
 
-    If the block or a pass fails, weights and biases are those of before.
+    If the block or a pass fails, weights, biases and passes are those of before.
 
     Args:
         model: The model.
@@ -114,16 +114,52 @@ def redoing_passes(model: nn.Module) -> Iterator[None]:
     if not list_passes(model):
         yield
         return
-    changed = [(layer, _copy_parameters(layer)) for layer in _list_layers(model)]
+    former = _Snapshot(model)
     passes = undo_passes(model)
     try:
         yield
         redo_passes(model, passes)
     except BaseException:
-        for layer, parameters in changed:
-            _put_back(layer, parameters)
-        vars(model)[_ATTRIBUTE] = passes
+        former.restore(model)
         raise
+
+
+@contextmanager
+def undoing_passes(model: nn.Module) -> Iterator[list[AccuracyPass]]:
+    """Like `redoing_passes`, but the block itself does again what it wants; it gets the passes.
+
+    If the block fails, weights, biases and passes are those of before. After Ctrl-C, what the block did stays.
+
+    Args:
+        model: The model.
+    """
+    former = _Snapshot(model)
+    passes = undo_passes(model)
+    try:
+        yield passes
+    except Exception:
+        former.restore(model)
+        raise
+
+
+class _Snapshot:
+    """The weights and biases that passes gave a model, and these passes.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._passes = list_passes(model)
+        self._layers = [(layer, _copy_parameters(layer)) for layer in _list_layers(model)]
+
+    def restore(self, model: nn.Module) -> None:
+        """Give the model these weights, biases and passes again."""
+        undo_passes(model)
+        for layer, parameters in self._layers:
+            _put_back(layer, parameters)
+        for accuracy_pass in self._passes:
+            record_pass(model, accuracy_pass)
 
 
 def _list_layers(model: nn.Module) -> list[QuantMixin]:
@@ -142,7 +178,6 @@ def _copy_parameters(layer: QuantMixin) -> dict[str, torch.Tensor]:
 
 def _put_back(layer: QuantMixin, parameters: dict[str, torch.Tensor]) -> None:
     """Give a layer the parameters that a pass gave it; those of the float layer are kept beside them."""
-    layer.restore_float()
     layer.keep_float()
     with torch.no_grad():
         for name, values in parameters.items():

@@ -40,12 +40,16 @@ def ptq(
     """Quantize a model, leave its most sensitive layers in float, then export, check and build it.
 
     Args:
-        model: efficientnet_lite0, whose weights are packaged; the name of a torchvision classifier; or your own
-            network: FILE.py:FUNCTION, a function that returns it.
+        model: A classifier, detector or segmentation network of torchvision by its name, efficientnet_lite0, whose
+            weights are packaged, timm/NAME, hf/FOLDER, yolo/FILE.pt, or your own network: FILE.py:FUNCTION, a function
+            that returns it.
         weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
-        data: For a classifier a folder with one folder per class, with or without train and val above them; packaged
-            photographs if left out. For your own network FILE.py:FUNCTION, a function that returns batches.
-        metric: FILE.py:FUNCTION, a function that gets predict(inputs) and returns a number, or numbers by name.
+        data: For a classifier a folder with one folder per class, with or without train and val above them; for a
+            detector a YAML file in the format of ultralytics; for segmentation a folder with images and masks; for
+            hf/FOLDER a file with one text a line, or a folder of images; for your own network FILE.py:FUNCTION, a
+            function that returns batches. Classifiers, detectors and segmentation bring pictures of their own.
+        metric: For your own network FILE.py:FUNCTION, a function that gets predict(inputs) and returns a number, or
+            numbers by name. More must be better.
         output_options: Which outputs count.
         output: Run folder. Files of an earlier run in it are removed first; a folder with other files is refused.
         exclude: Layers to keep in float: dotted names, globs or re:EXPRESSION.

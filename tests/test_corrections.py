@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from qdq import (
+    ArgumentError,
+    Calibration,
+    CalibrationError,
     analyze_layers,
     apply_plan,
     calibrate_model,
@@ -139,6 +142,32 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was(swapped, data, monkeypatch
     assert [entry.name for entry in list_passes(model)] == ["correct_bias"]
     with disable_quantization(model):
         assert sqnr_db(swapped[1], predict(model, [held])) == math.inf
+
+
+def test_rounding_that_fails_leaves_the_corrected_model(swapped, data):
+    model = copy.deepcopy(swapped[0])
+    images, held = data
+    correct_bias(model, [images])
+    before = predict(model, [held])
+    with pytest.raises(ArgumentError):
+        round_weights(model, [images], outputs={"a": "absent"})
+    assert sqnr_db(before, predict(model, [held])) == math.inf
+    assert [entry.name for entry in list_passes(model)] == ["correct_bias"]
+
+
+def test_a_block_of_calibration_does_the_passes_again(swapped, data):
+    model = copy.deepcopy(swapped[0])
+    images, held = data
+    correct_bias(model, [images])
+    before = predict(model, [held])
+    with Calibration(model), torch.no_grad():
+        model(images)
+    assert sqnr_db(before, predict(model, [held])) > 40
+    assert [entry.name for entry in list_passes(model)] == ["correct_bias"]
+    with pytest.raises(CalibrationError), Calibration(model), torch.no_grad():
+        model(images * math.nan)
+    assert [entry.name for entry in list_passes(model)] == ["correct_bias"]
+    assert sqnr_db(before, predict(model, [held])) > 40
 
 
 def test_training_starts_from_the_corrected_model_and_makes_it_the_own_one(swapped, data):

@@ -39,7 +39,7 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.batch import join_batches
-from qdq.corrections import AccuracyPass, record_pass, redo_passes, undo_passes
+from qdq.corrections import AccuracyPass, record_pass, redo_passes, undoing_passes
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import StateError
 from qdq.forward import require_model
@@ -162,18 +162,7 @@ def round_weights(
             "in torch.inference_mode there are no gradients.", "round the weights outside of it."
         )
     inputs = join_batches(batches)
-    passes = undo_passes(model)
-    plan = plan_layers(model, inputs)
     view = OutputView(outputs, mask)
-    outputs_before = run_flat(model, inputs, view)
-    samples, expected = sample_outputs(reference or model, plan, inputs, view, seed=seed)
-    for layer in plan.layers.values():
-        layer.keep_float()
-    layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs, steps)
-    for name, reason in plan.skipped.items():
-        layers.append(RoundedLayer(name, 0.0, 1.0, reason))
-    outputs_after = flatten_outputs(rounded_outputs, inputs, view)
-    change = measure_change(expected, outputs_before, outputs_after)
     again = partial(
         round_weights,
         batches=[inputs],
@@ -183,8 +172,19 @@ def round_weights(
         outputs=outputs,
         mask=mask,
     )
-    record_pass(model, AccuracyPass("round_weights", _RANK, again))
-    redo_passes(model, [former for former in passes if former.rank > _RANK])
+    with undoing_passes(model) as passes:
+        plan = plan_layers(model, inputs)
+        outputs_before = run_flat(model, inputs, view)
+        samples, expected = sample_outputs(reference or model, plan, inputs, view, seed=seed)
+        for layer in plan.layers.values():
+            layer.keep_float()
+        record_pass(model, AccuracyPass("round_weights", _RANK, again))
+        layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs, steps)
+        redo_passes(model, [former for former in passes if former.rank > _RANK])
+    for name, reason in plan.skipped.items():
+        layers.append(RoundedLayer(name, 0.0, 1.0, reason))
+    outputs_after = flatten_outputs(rounded_outputs, inputs, view)
+    change = measure_change(expected, outputs_before, outputs_after)
     return Rounding(layers=tuple(layers), **vars(change))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -150,27 +151,34 @@ class Calibration:
         def begin_batch(*_: Any) -> None:
             self._collection.begin_batch(next(batch_numbers))
 
-        self._passes = redoing_passes(self._model)
-        self._passes.__enter__()
         self._exits = ExitStack()
         self._exits.enter_context(failing_together())
         self._exits.enter_context(without_tf32())
         self._exits.enter_context(self._collection)
         hook = self._model.register_forward_pre_hook(begin_batch)
         self._exits.callback(hook.remove)
+        self._passes = redoing_passes(self._model)
+        self._passes.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        try:
+            self._compute(*error)
+        except BaseException:
+            self._passes.__exit__(*sys.exc_info())
+            raise
+        self._passes.__exit__(*error)
+
+    def _compute(self, *error: Any) -> None:
+        """Stop collecting, and compute the ranges if there was no error."""
         self._exits.__exit__(*error)
         if error[0] is not None:
-            self._passes.__exit__(*error)
             return
         with failing_together():
             local = self._collection.statistics()
         parts = gather_bytes(local.to_bytes())
         self.statistics = merge_parts(map(Statistics.from_bytes, parts))
         self.ranges = _compute_ranges(self._collection, self.statistics, self._options, [])
-        self._passes.__exit__(None, None, None)
 
 
 def calibrate_model(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts.types import PositiveInt, UInt32
 
-from qdq.cli.workloads import DATA_FLAG, OutputOptions
+from qdq.cli.workloads import DATA_FLAG, OutputOptions, list_named_files
 
 
 def evaluate_files(
@@ -58,7 +58,7 @@ def evaluate_files(
     from qdq.workloads import load_workload
     from qdq.workloads.workload import WorkloadOptions
 
-    _guard_files(onnx, data, weights, json)
+    _guard_files(onnx, list_named_files(model, data, metric), data, weights, json)
     run_device = choose_device(device)
     for path in onnx:
         OnnxModel(path)  # refuses a bad file now, not after the float model has run
@@ -101,13 +101,17 @@ def evaluate_files(
 
 
 def _guard_files(
-    onnx: tuple[Path, ...], data: Path | None, weights: str, json: Path | None
+    onnx: tuple[Path, ...],
+    named: list[Path],
+    data: Path | None,
+    weights: str,
+    json: Path | None,
 ) -> None:
     from qdq.graph.tensors import list_data_files
     from qdq.run import guard_command
     from qdq.workloads.classification.folder import is_image_of
 
-    inputs: list[Path | str | None] = [*onnx, data, weights]
+    inputs: list[Path | str | None] = [*onnx, *named, weights]
     for path in onnx:
         inputs += list_data_files(path)
     if is_image_of(data, json):

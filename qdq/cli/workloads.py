@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cyclopts import Parameter
@@ -40,6 +41,24 @@ class OutputOptions:
             "mask": self.mask,
             "output_weights": parse_numbers("--output-weights", self.output_weights),
         }
+
+
+def list_named_files(model: str, data: Path | None, metric: str | None) -> list[Path]:
+    """The files that the options of a workload read: without prefixes, and without the function after a colon.
+
+    Args:
+        model: The option `--model`.
+        data: The option `--data`.
+        metric: The option `--metric`.
+    """
+    files = []
+    for option in (model, data, metric):
+        if option is None:
+            continue
+        path = str(option).removeprefix("yolo/").removeprefix("hf/")
+        file, separator, _ = path.rpartition(":")
+        files.append(Path(file if separator else path))
+    return files
 
 
 def parse_numbers(option: str, texts: tuple[str, ...]) -> Mapping[str, float] | None:

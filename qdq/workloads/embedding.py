@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from qdq.batch import split_inputs
+from qdq.forward import call_model, evaluating
 from qdq.metrics import Outputs, name_arrays
+from qdq.outputs import name_outputs
 from qdq.predictor import Predict, make_predictor
 
 _METRIC = "cosine"
@@ -38,7 +40,9 @@ class EmbeddingSimilarity:
         self._output = output
         self._mask = mask
         predict = make_predictor(module)
-        self.has_embedding = output in name_arrays(predict(self._batches[0]))
+        with evaluating(module):
+            named = name_outputs(call_model(module, self._batches[0]))
+        self.has_embedding = output in named
         self._expected: list[np.ndarray[Any, Any]] = []
         if self.has_embedding:
             self._expected = [self._embed(predict, batch) for batch in self._batches]
@@ -65,7 +69,9 @@ class EmbeddingSimilarity:
         return normalized
 
     def _select(self, outputs: Outputs) -> np.ndarray[Any, Any]:
-        values: np.ndarray[Any, Any] = np.asarray(name_arrays(outputs)[self._output])
+        named = name_arrays(outputs)
+        array = named[self._output] if len(named) > 1 else next(iter(named.values()))
+        values: np.ndarray[Any, Any] = np.asarray(array)
         return values
 
     def _average(self, values: np.ndarray[Any, Any], batch: Any) -> np.ndarray[Any, Any]:

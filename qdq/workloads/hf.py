@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdq.errors import ArgumentError, DataError, DependencyError, ModelError
+from qdq.errors import ArgumentError, DataError, DependencyError, ModelError, QdqError
 from qdq.files import read_file
 from qdq.seeds import seeded_rng
 from qdq.weights import first_line
@@ -27,6 +27,8 @@ _IMAGE_PROCESSOR = "preprocessor_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.bpe.model")
 _ATTENTION_MASK = "attention_mask"
 _MOST_TOKENS = 512
+# Nothing is downloaded, and no code of the folder runs.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _EMBEDDING = "last_hidden_state"
 
 
@@ -75,6 +77,10 @@ def load_transformers_model(options: WorkloadOptions) -> Workload:
     transformers = _import_transformers()
     module = _load_module(transformers, folder, options)
     if (folder / _IMAGE_PROCESSOR).is_file():
+        if options.mask is not None:
+            raise ArgumentError(
+                f"--mask {options.mask} is given, and images have no padding.", "leave it out."
+            )
         calibration, evaluation = _load_image_batches(transformers, folder, options)
         mask = None
     elif any((folder / name).is_file() for name in _TOKENIZERS):
@@ -131,7 +137,7 @@ def _load_module(transformers: Any, folder: Path, options: WorkloadOptions) -> n
             "leave it out, or pass --weights random.",
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         model_class = _find_class(transformers, config)
         if config.is_encoder_decoder:
             raise ModelError(
@@ -140,18 +146,33 @@ def _load_module(transformers: Any, folder: Path, options: WorkloadOptions) -> n
             )
         config.use_cache = False  # a cache would be an output that grows from call to call
         module = _make_module(model_class, config, folder, options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{folder} cannot be loaded: {first_line(error)}.",
-            "save it again with save_pretrained.",
-        ) from error
+    except QdqError:
+        raise
+    except Exception as error:  # damaged files can raise anything
+        raise _unloadable(folder, error) from error
     return module.eval()
 
 
+def _unloadable(folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{folder} cannot be loaded: {first_line(error)}.", "save it again with save_pretrained."
+    )
+
+
 def _find_class(transformers: Any, config: Any) -> Any:
-    """The class of transformers that the configuration names; AutoModel if it names none."""
-    architectures = config.architectures or ["AutoModel"]
-    return getattr(transformers, architectures[0], transformers.AutoModel)
+    """The class of transformers that the configuration names; AutoModel if it names none.
+
+    Raises:
+        ModelError: transformers has no such class.
+    """
+    name = (config.architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no class {name}, which the folder names.",
+            "install the version that saved it, or build the model yourself: --model FILE.py:FUNCTION.",
+        )
+    return model_class
 
 
 def _make_module(
@@ -161,9 +182,7 @@ def _make_module(
         if options.weights == "random":
             random_module: nn.Module = _from_config(model_class, config)
             return random_module
-        module: nn.Module = model_class.from_pretrained(
-            folder, config=config, local_files_only=True
-        )
+        module: nn.Module = model_class.from_pretrained(folder, config=config, **_LOCAL)
     return module.float()
 
 
@@ -181,6 +200,18 @@ def _choose_score(module: nn.Module, evaluation: SampleBatches, mask: str | None
     return similarity if similarity.has_embedding else None
 
 
+def _load_part(part: Any, folder: Path) -> Any:
+    """The tokenizer or the image processor of a folder.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    try:
+        return part.from_pretrained(folder, **_LOCAL)
+    except Exception as error:  # damaged files can raise anything
+        raise _unloadable(folder, error) from error
+
+
 # Texts
 
 
@@ -189,9 +220,14 @@ def _load_text_batches(
 ) -> tuple[SampleBatches, SampleBatches]:
     """Tokenized texts of a file; all batches have the length of the longest text."""
     split = _split(_read_texts(options), options, "texts")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _load_part(transformers.AutoTokenizer, folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"the tokenizer of {folder} has no token for padding.",
+            "set tokenizer.pad_token, and save it.",
+        )
     most_tokens = min(tokenizer.model_max_length, _MOST_TOKENS)
     texts = [*split.calibration, *split.evaluation]
     tokens = tokenizer(texts, truncation=True, max_length=most_tokens)
@@ -237,19 +273,27 @@ def _load_image_batches(
     """Images of a folder, or the packaged photographs, as the image processor of the model wants them."""
     from qdq.workloads.classification.images import read_image  # needs Pillow
 
-    split = _split_photographs()
-    if options.data is not None:
+    if options.data is None:
+        split = _split_photographs(options)
+    else:
         split = _split(_list_images(Path(options.data)), options, "images")
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = _load_part(transformers.AutoImageProcessor, folder)
 
     def encode(files: Sequence[Path]) -> Any:
         images = [read_image(file) for file in files]
-        return processor(images=images, return_tensors="pt")
+        try:
+            return processor(images=images, return_tensors="pt")
+        except (ValueError, RuntimeError) as error:
+            raise DataError(
+                f"the image processor of {folder} makes no batch of the images: {first_line(error)}.",
+                "use one that resizes them to one size, or build the batches yourself: --data FILE.py:FUNCTION.",
+            ) from error
 
     return _make_batches(split, encode, "images", options)
 
 
-def _split_photographs() -> _Split:
+def _split_photographs(options: WorkloadOptions) -> _Split:
+    """The packaged photographs, as many as there are."""
     from qdq.workloads.classification.images import (
         CALIBRATION_PHOTOGRAPHS,
         LABELLED_PHOTOGRAPHS,
@@ -257,7 +301,13 @@ def _split_photographs() -> _Split:
     )
 
     calibration = find_photographs(CALIBRATION_PHOTOGRAPHS)
-    return _Split(calibration, LABELLED_PHOTOGRAPHS.find_files(), "the packaged photographs")
+    evaluation = LABELLED_PHOTOGRAPHS.find_files()
+    num_calibration = options.calib_batches * options.batch_size
+    return _Split(
+        calibration[:num_calibration],
+        evaluation[: options.eval_samples],
+        "the packaged photographs",
+    )
 
 
 def _list_images(folder: Path) -> tuple[list[Path], str]:

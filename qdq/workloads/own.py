@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
-import traceback
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ from qdq.errors import ArgumentError, DataError, ModelError, QdqError
 from qdq.forward import call_model, evaluating, require_model
 from qdq.outputs import name_outputs
 from qdq.seeds import seeded_rng
-from qdq.text import list_names, printable
-from qdq.weights import first_line
+from qdq.text import list_names
 from qdq.workloads.sample_batches import SampleBatches, ShuffledBatches
+from qdq.workloads.user_errors import describe_user_error
 from qdq.workloads.workload import Workload, WorkloadOptions
 
 _SUFFIX = ".py"
@@ -163,21 +162,13 @@ def _import_file(path: Path, option: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickles of the file look it up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ArgumentError(
-            f"{path} cannot be imported for {option}: {_describe(error, path)}.",
+            f"{path} cannot be imported for {option}: {describe_user_error(error)}.",
             "run it with python to see the whole error, or pass -v.",
         ) from error
     return module
-
-
-def _describe(error: Exception, path: Path) -> str:
-    """An error with the last line of the user's file that was reached."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    place = f" (line {lines[-1]})" if lines else ""
-    return printable(f"{type(error).__name__}: {first_line(error)}{place}")
 
 
 def _build(build: Callable[..., Any], options: WorkloadOptions) -> nn.Module:
@@ -192,9 +183,9 @@ def _build(build: Callable[..., Any], options: WorkloadOptions) -> nn.Module:
             module = build()
         except QdqError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(
-                f"{options.model} fails: {_describe(error, _path_of(options.model))}.",
+                f"{options.model} fails: {describe_user_error(error)}.",
                 "call it in python to see the whole error, or pass -v.",
             ) from error
     if not isinstance(module, nn.Module):
@@ -204,10 +195,6 @@ def _build(build: Callable[..., Any], options: WorkloadOptions) -> nn.Module:
         )
     require_model(module)
     return module.eval()
-
-
-def _path_of(text: str) -> Path:
-    return Path(text.rpartition(":")[0]).resolve()
 
 
 def _divide(
@@ -227,9 +214,9 @@ def _divide(
             evaluation = _take(iterator, options.eval_samples)
     except QdqError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
-            f"{options.data} fails: {_describe(error, _path_of(str(options.data)))}.",
+            f"{options.data} fails: {describe_user_error(error)}.",
             "call it in python to see the whole error, or pass -v.",
         ) from error
     if not evaluation:
@@ -265,10 +252,10 @@ def _gives_classes(module: nn.Module, batch: Any, options: WorkloadOptions) -> b
             result = call_model(module, sample)
         except QdqError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(
                 f"{options.model} fails on the first sample of {options.data}: "
-                f"{_describe(error, _path_of(options.model))}.",
+                f"{describe_user_error(error)}.",
                 "call the network on a batch in python to see the whole error, or pass -v.",
             ) from error
     outputs = list(name_outputs(result).values())

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from qdq.batch import take_samples
-from qdq.errors import DataError
+from qdq.errors import DataError, QdqError
 from qdq.outputs import Mask, Selection
 from qdq.predictor import Predict, make_predictor
+from qdq.workloads.user_errors import describe_user_error
 
 Score = Callable[[Predict], float | Mapping[str, float]]
 """A metric of a task: gets a function inputs -> outputs, returns one number or several by name."""
@@ -145,7 +146,16 @@ class Workload:
         """
         if self.score is None:
             return {}
-        result = self.score(make_predictor(model))
+        try:
+            result = self.score(make_predictor(model))
+        except QdqError:
+            raise
+        except Exception as error:  # code of the user
+            name = _name_score(self.score)
+            raise DataError(
+                f"the metric {name} fails: {describe_user_error(error)}.",
+                "call it in python to see the whole error, or pass -v.",
+            ) from error
         scores = dict(result) if isinstance(result, Mapping) else {_name_score(self.score): result}
         return {str(name): _require_number(name, value) for name, value in scores.items()}
 
@@ -158,7 +168,7 @@ def _name_score(score: Score) -> str:
 def _require_number(name: object, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise DataError(
             f"the metric {name} is of type {type(value).__name__}; expected a number.",
             "return a float, or a dictionary of floats by name.",

@@ -77,6 +77,17 @@ def test_similarity_of_embeddings_against_torch(folders):
     assert workload.measure(changed) == {"cosine": pytest.approx(np.mean(cosines), abs=1e-6)}
 
 
+def test_a_model_with_one_output_has_its_similarity(folders):
+    config = transformers.DistilBertConfig(
+        dim=32, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=20
+    )
+    folder = folders / "distil"
+    transformers.DistilBertModel(config).save_pretrained(folder)
+    transformers.DistilBertTokenizerFast(str(folders / "vocab.txt")).save_pretrained(folder)
+    workload = load(folders, "distil")
+    assert workload.measure(workload.module) == {"cosine": pytest.approx(1.0)}
+
+
 def test_images_go_through_the_processor_of_the_folder(folders, tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     for index in range(6):
@@ -105,6 +116,7 @@ def test_images_go_through_the_processor_of_the_folder(folders, tmp_path):
         ("bert", "bytes.txt", {}, DataError, "is no text in UTF-8"),
         ("bert", "texts.txt", {"metric": "a.py:f"}, ArgumentError, "brings its own"),
         ("bert", "texts.txt", {"weights": "x.pth"}, ArgumentError, "has the weights of its folder"),
+        ("vit", "texts.txt", {"mask": "x"}, ArgumentError, "images have no padding"),
         ("vit", "texts.txt", {}, DataError, "is no folder; expected a folder of images"),
         ("t5", "texts.txt", {}, ModelError, "encoder with a decoder"),
     ],
@@ -122,4 +134,11 @@ def test_a_folder_without_a_tokenizer(folders):
     with pytest.raises(ModelError, match="neither a tokenizer nor an image processor"):
         load(folders, "bare", weights="random")
     with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folders, "bare")
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folders, "bare")
+    config.architectures = ["NoSuchModel"]
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match="has no class NoSuchModel"):
         load(folders, "bare")

@@ -108,9 +108,10 @@ def test_labels_of_a_classifier_are_its_classes(net):
         ({"model": "absent.py:build"}, ArgumentError, "there is no file absent.py", "relative"),
         ({"metric": "net.py:nothing"}, ArgumentError, "no function nothing", "name one of Net"),
         ({"metric": "empty.py:f"}, ArgumentError, "no function f", "define f in it"),
-        ({"model": "broken.py:f"}, ArgumentError, r"ValueError: of the user \(line 2\)", "-v"),
+        ({"model": "broken.py:f"}, ArgumentError, r"ValueError: of the user \(broken.py, line 2\)", "-v"),
+        ({"model": "exits.py:f"}, ArgumentError, "SystemExit: 0", "-v"),
         ({"model": "syntax.py:f"}, ArgumentError, "SyntaxError", "-v"),
-        ({"model": "bad.py:fails"}, ModelError, r"KeyError: 'weights' \(line 3\)", "-v"),
+        ({"model": "bad.py:fails"}, ModelError, r"KeyError: 'weights' \(bad.py, line 3\)", "-v"),
         ({"model": "bad.py:number"}, ModelError, "returns a int; expected a torch module", "network"),
         ({"model": "bad.py:scripted"}, ArgumentTypeError, "scripted .TorchScript.", "Python module"),
         ({"model": "bad.py:narrow", "calib_batches": 1}, ModelError, "fails on the first sample of net.py", "-v"),
@@ -124,6 +125,7 @@ def test_what_cannot_be_used_is_named(net, options, kind, message, fix):
     folder = net.parent
     (folder / "empty.py").write_text("")
     (folder / "broken.py").write_text("x = 1\nraise ValueError('of the user')\n")
+    (folder / "exits.py").write_text("import sys\nsys.exit(0)\n")
     (folder / "syntax.py").write_text("def f(:\n")
     (folder / "bad.py").write_text(
         "import torch\ndef fails():\n    return {}['weights']\ndef number():\n    return 3\n"
@@ -138,8 +140,17 @@ def test_what_cannot_be_used_is_named(net, options, kind, message, fix):
 
 def test_a_metric_that_is_no_number_is_refused(net):
     (net.parent / "scores.py").write_text(
-        "def text(predict):\n    return 'good'\ndef nan(predict):\n    return {'mAP': float('nan')}\n"
+        "import torch\ndef text(predict):\n    return 'good'\n"
+        "def nan(predict):\n    return {'mAP': float('nan')}\n"
+        "def several(predict):\n    return torch.zeros(2)\n"
+        "def fails(predict):\n    return {}['boxes']\n"
     )
+    workload = load(metric="scores.py:several", calib_batches=1)
+    with pytest.raises(DataError, match="the metric several is of type Tensor"):
+        workload.measure(workload.module)
+    workload = load(metric="scores.py:fails", calib_batches=1)
+    with pytest.raises(DataError, match=r"fails: KeyError: 'boxes' \(scores.py, line 9\)"):
+        workload.measure(workload.module)
     workload = load(metric="scores.py:text", calib_batches=1)
     with pytest.raises(DataError, match="the metric text is of type str"):
         workload.measure(workload.module)
@@ -179,6 +190,10 @@ def test_own_network_from_the_command_line(net, capsys):
     assert evaluated[1]["scores"] == pytest.approx(candidates[-1]["scores"])
     scores = candidates[-1]["outputs"][1]["sqnr_db"]
     np.testing.assert_allclose(evaluated[1]["sqnr_db"], scores, rtol=1e-6)
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", *own, "--json", "net.py"])
+    assert ended.value.code == 2
+    assert net.read_text() == GOOD
     with pytest.raises(SystemExit) as ended:
         main(["gate", "run", "--min-score", "mean score=-9", "--min-sqnr", "scores=20"])
     assert ended.value.code == 0

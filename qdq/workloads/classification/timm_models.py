@@ -88,7 +88,13 @@ def _list_categories(num_classes: int) -> list[str]:
 def _read_preprocess(timm: Any, config: Any) -> Preprocess:
     """The evaluation transform that timm uses for these weights."""
     data = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
-    crop_size = data["input_size"][-1]
+    _, height, crop_size = data["input_size"]
+    if data["crop_mode"] != "center" or height != crop_size:
+        raise ModelError(
+            f"the images of this model of timm are {height} x {crop_size}, cropped in the mode {data['crop_mode']}; "
+            "expected squares cut from the centre.",
+            "build it and its batches yourself: --model FILE.py:FUNCTION.",
+        )
     return Preprocess(
         resize_size=int(crop_size / data["crop_pct"]),
         crop_size=crop_size,
