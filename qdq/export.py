@@ -88,11 +88,14 @@ class PrecisionReport:
         """One line about the distance from float32, and one for each reason why nodes stay float32."""
         lines = []
         if self.parity:
-            lines.append(
+            line = (
                 f"{self.precision} against fp32 on {self.parity.images} example inputs: "
                 f"SQNR {self.parity.sqnr_db:.1f} dB, cosine {self.parity.cosine:.6f}, "
-                f"max abs {self.parity.max_abs:.3g}, same largest output {self.parity.agreement:.1%}"
+                f"max abs {self.parity.max_abs:.3g}"
             )
+            if self.parity.agreement is not None:
+                line += f", same largest output {self.parity.agreement:.1%}"
+            lines.append(line)
         for text in self.not_measured:
             lines.append(f"{self.precision}: not measured: {text}")
         lines.append(f"{len(self.kept)} nodes stay in fp32, {self.casts} Casts")

@@ -158,7 +158,7 @@ def test_fine_tuning_improves_the_worst_and_loses_nowhere(heads):
         batches,
         teacher=teacher,
         distillation=Distillation(kl={"scores": 1.0}),
-        schedule=Schedule(epochs=30, lr=1e-3),
+        schedule=Schedule(epochs=30, lr=3e-4),
         held=batches,
     )
     after = measure(model, teacher, batches)
