@@ -33,6 +33,7 @@ def ptq(
     analysis: AnalysisOptions = AnalysisOptions(),
     precision: Literal["fp32", "fp16"] = "fp32",
     batch_size: PositiveInt = 16,
+    image_size: PositiveInt | None = None,
     device: str | None = None,
     sm: int | None = None,
     seed: UInt32 = 0,
@@ -62,6 +63,8 @@ def ptq(
         analysis: Options of the sensitivity analysis.
         precision: Type of the float layers in the exported file.
         batch_size: Images per batch; your own batches come as they are.
+        image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
+            detectors and segmentation.
         device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
         seed: Seed of random weights, crops and the choice of samples.
@@ -85,6 +88,7 @@ def ptq(
             calib_batches=calib_batches,
             eval_samples=eval_images,
             batch_size=batch_size,
+            image_size=image_size,
             seed=seed,
             **output_options.as_arguments(),
         )

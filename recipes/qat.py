@@ -36,6 +36,7 @@ def qat(
     amp: bool = False,
     tensorboard: bool = False,
     batch_size: PositiveInt = 16,
+    image_size: PositiveInt | None = None,
     device: str | None = None,
     sm: int | None = None,
     seed: UInt32 = 0,
@@ -72,6 +73,8 @@ def qat(
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
         batch_size: Images per batch; your own batches come as they are.
+        image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
+            detectors and segmentation.
         device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one, under torchrun that of
             the local rank.
         sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
@@ -95,6 +98,7 @@ def qat(
             calib_batches=calib_batches,
             eval_samples=eval_images,
             batch_size=batch_size,
+            image_size=image_size,
             seed=seed,
             **output_options.as_arguments(),
         )

@@ -1,7 +1,7 @@
 """Trains a small detector on generated pictures of circles, squares and triangles, on a CPU in minutes.
 
 python recipes/train_shapes.py --model yolo11n --output yolo11n.pt
-python recipes/train_shapes.py --model ssdlite320_mobilenet_v3_large --output ssdlite.pth --steps 600
+python recipes/train_shapes.py --model ssdlite320_mobilenet_v3_large --output ssdlite.pt --steps 600
 
 The name of a YAML file of ultralytics, such as yolo11n, needs ultralytics, whose licence is AGPL-3.0. Its file is then
 the model `yolo/yolo11n.pt`. Any other name is a detector of torchvision, whose file is a checkpoint of weights.
@@ -164,8 +164,10 @@ def train_shapes(
     save(network, output, size)
 
     name, weights = (f"{YOLO_PREFIX}{output}", "DEFAULT") if is_yolo else (model, str(output))
-    options = qdq.WorkloadOptions(name, weights, eval_samples=evaluation, seed=seed)
-    workload = load_detector(options, size)
+    options = qdq.WorkloadOptions(
+        name, weights, eval_samples=evaluation, image_size=size, seed=seed
+    )
+    workload = load_detector(options)
     figures = workload.measure(workload.module)
     print(f"{steps} steps, mAP {figures['mAP']:.3f}, mAP50 {figures['mAP50']:.3f}: {output}")
     if json:

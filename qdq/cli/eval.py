@@ -20,6 +20,7 @@ def evaluate_files(
     calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     batch_size: PositiveInt = 16,
+    image_size: PositiveInt | None = None,
     device: str | None = None,
     seed: UInt32 = 0,
     json: Path | None = None,
@@ -45,6 +46,7 @@ def evaluate_files(
         calib_batches: As for `qdq ptq`: these batches are left out.
         eval_images: Number of images, or other samples.
         batch_size: Images per batch; your own batches come as they are.
+        image_size: As for `qdq ptq`; an ONNX file has the size that it was exported with.
         device: Where the float model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
         seed: Seed of random weights, and of the choice and the crops of images.
         json: Also write the table, and the device, to this file.
@@ -71,6 +73,7 @@ def evaluate_files(
             calib_batches=calib_batches,
             eval_samples=eval_images,
             batch_size=batch_size,
+            image_size=image_size,
             seed=seed,
             **output_options.as_arguments(),
         )

@@ -74,6 +74,12 @@ def load_transformers_model(options: WorkloadOptions) -> Workload:
             f"--metric {options.metric} is given, and {options.model} brings its own.",
             "leave it out, or build the model yourself: --model FILE.py:FUNCTION.",
         )
+    if options.image_size is not None:
+        raise ArgumentError(
+            f"--image-size {options.image_size} is given, and the folder of {options.model} says how its inputs are "
+            "made.",
+            "leave it out, or change the size in the folder's image processor.",
+        )
     transformers = _import_transformers()
     module = _load_module(transformers, folder, options)
     if (folder / _IMAGE_PROCESSOR).is_file():

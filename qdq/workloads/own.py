@@ -59,6 +59,11 @@ def load_own(options: WorkloadOptions) -> Workload:
             f"--weights {options.weights} is given, and {options.model} builds its own weights.",
             "leave --weights out, and load them in that function.",
         )
+    if options.image_size is not None:
+        raise ArgumentError(
+            f"--image-size {options.image_size} is given, and the batches of {options.model} come as they are.",
+            "leave --image-size out, and make images of that size in the function of --data.",
+        )
     if options.data is None:
         raise ArgumentError(
             f"{options.model} needs data of its own.",

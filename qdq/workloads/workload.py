@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from qdq.batch import take_samples
-from qdq.errors import DataError, QdqError
+from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.outputs import Mask, Selection
 from qdq.predictor import Predict, make_predictor
 from qdq.workloads.user_errors import describe_user_error
@@ -78,10 +78,14 @@ class WorkloadOptions:
         calib_batches: Number of batches to calibrate on.
         eval_samples: Number of samples to evaluate on.
         batch_size: Samples per batch.
+        image_size: Side of the images that the model gets, in pixels; None for that of the model.
         seed: Seed of random weights and of the choice of samples.
         outputs: The parts of the outputs that count; None for those that the task names, or all.
         mask: The input that is 0 at padding; None for the one that the task names, or none.
         output_weights: Weight of each output where one figure decides; None: the worst output decides.
+
+    Raises:
+        ArgumentError: `image_size` is below 1.
     """
 
     model: str
@@ -91,10 +95,18 @@ class WorkloadOptions:
     calib_batches: int = CALIBRATION_BATCHES
     eval_samples: int = EVALUATION_SAMPLES
     batch_size: int = 16
+    image_size: int | None = None
     seed: int = 0
     outputs: Selection | None = None
     mask: str | None = None
     output_weights: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ArgumentError(
+                f"image_size is {self.image_size} pixels; it must be 1 or more.",
+                "pass --image-size PIXELS, or leave it out.",
+            )
 
 
 @dataclass(frozen=True, eq=False)

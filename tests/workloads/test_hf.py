@@ -116,6 +116,7 @@ def test_images_go_through_the_processor_of_the_folder(folders, tmp_path):
         ("bert", "bytes.txt", {}, DataError, "is no text in UTF-8"),
         ("bert", "texts.txt", {"metric": "a.py:f"}, ArgumentError, "brings its own"),
         ("bert", "texts.txt", {"weights": "x.pth"}, ArgumentError, "has the weights of its folder"),
+        ("bert", "texts.txt", {"image_size": 96}, ArgumentError, "how its inputs are made"),
         ("vit", "texts.txt", {"mask": "x"}, ArgumentError, "images have no padding"),
         ("vit", "texts.txt", {}, DataError, "is no folder; expected a folder of images"),
         ("t5", "texts.txt", {}, ModelError, "encoder with a decoder"),

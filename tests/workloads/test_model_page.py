@@ -74,7 +74,7 @@ def save_models(root, model):
     elif model.startswith("ssdlite"):
         from qdq.workloads.detection.torchvision_detectors import build_detector
 
-        torch.save(build_detector(model, 4, 96).state_dict(), root / "ssdlite.pth")
+        torch.save(build_detector(model, 4, 96).state_dict(), root / "ssdlite.pt")
 
 
 def save_transformers(folder):
@@ -105,7 +105,7 @@ def test_command_gives_a_workload_that_runs(command, folder, monkeypatch):
     save_models(folder, arguments["model"])
     if arguments.get("data", Path()).name == "shapes.yaml":
         write_shapes(folder)
-    names = ("model", "weights", "data", "metric")
+    names = ("model", "weights", "data", "metric", "image_size")
     named = {name: arguments[name] for name in names if name in arguments}
     outputs = arguments["output_options"].as_arguments() if "output_options" in arguments else {}
     small = {"calib_batches": 1, "eval_samples": 2, "batch_size": 2}

@@ -104,6 +104,7 @@ def test_labels_of_a_classifier_are_its_classes(net):
     [
         ({"data": None}, ArgumentError, "needs data of its own", "--data FILE.py:FUNCTION"),
         ({"weights": "x.pth"}, ArgumentError, "builds its own weights", "leave --weights out"),
+        ({"image_size": 96}, ArgumentError, "batches of net.py:build come as they are", "--data"),
         ({"data": "net.py"}, ArgumentError, "--data is 'net.py'; expected FILE", "net.py:data"),
         ({"model": "absent.py:build"}, ArgumentError, "there is no file absent.py", "relative"),
         ({"metric": "net.py:nothing"}, ArgumentError, "no function nothing", "name one of Net"),

@@ -18,7 +18,7 @@ def load_classifier(options: WorkloadOptions) -> Workload:
         options: The model as for `load_model`; the data is a folder with one folder per class, or None.
 
     Raises:
-        ArgumentError: A metric, or a number below 1.
+        ArgumentError: A metric, a number below 1, or an image size that the model cannot use.
         DataError: As for `load_images`.
         DependencyError: As for `load_model`.
         ModelError: As for `load_model`.
@@ -33,7 +33,7 @@ def load_classifier(options: WorkloadOptions) -> Workload:
             f"{options.model} has one output without padding; --outputs, --mask and --output-weights do not fit it.",
             "leave them out.",
         )
-    loaded = load_model(options.model, options.weights, options.seed)
+    loaded = load_model(options.model, options.weights, options.seed, options.image_size)
     num_calibration = options.calib_batches * options.batch_size
     amounts = (num_calibration, options.eval_samples, options.batch_size, options.seed)
     calibration, evaluation = load_images(options.data, loaded, *amounts)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdq.errors import ArgumentTypeError, DependencyError, ModelError
+from qdq.errors import ArgumentError, ArgumentTypeError, DependencyError, ModelError
 from qdq.seeds import seeded_rng
-from qdq.weights import StateDict, read_checkpoint, require_plain
+from qdq.weights import StateDict, first_line, read_checkpoint, require_plain
 from qdq.workloads.trained_weights import (
     fetch_weights,
     find_checkpoint,
@@ -146,7 +146,12 @@ class Architecture:
     pretrained: dict[str, Pretrained]
 
 
-def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int = 0) -> LoadedModel:
+def load_model(
+    model: str = PACKAGED_MODEL,
+    weights: str = "DEFAULT",
+    seed: int = 0,
+    image_size: int | None = None,
+) -> LoadedModel:
     """Load an image classifier with its weights and its own preprocessing.
 
     GoogLeNet and Inception come without their auxiliary heads, which only training uses. They always renormalize their
@@ -161,8 +166,11 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
             and finite, and floats where the model's are. If a file has the same name as one of the others, write
             ./random for the file. A checkpoint with another number of classes changes the last layer.
         seed: Seed of the random weights. The global random state does not change.
+        image_size: Side of the square that the model sees, in pixels; None for that of its weights. The part of an
+            image that is cropped stays the same.
 
     Raises:
+        ArgumentError: The model cannot run on images of this size.
         ModelError: Unknown model or weights; weights that cannot be fetched or read or do not fit the model.
         DependencyError: The packaged model is not installed.
         ArgumentTypeError: `model` or `weights` is not a string.
@@ -174,11 +182,18 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
     pretrained = architecture.pretrained.get(weights, architecture.pretrained["DEFAULT"])
     state, description = _read_weights(weights, architecture, seed)
     num_classes = len(pretrained.categories)
-    image_size = pretrained.preprocess.crop_size
+    preprocess = pretrained.preprocess
+    if image_size is not None:
+        preprocess = _resize(preprocess, image_size)
+
+    def build(num_classes: int) -> nn.Module:
+        if image_size is None:
+            return architecture.build(num_classes, preprocess.crop_size)
+        return _build_at_size(architecture, num_classes, image_size)
 
     # Tensors created in inference mode could be neither trained nor changed later.
     with torch.inference_mode(False), seeded_rng(seed):
-        module = architecture.build(num_classes, image_size)
+        module = build(num_classes)
         if state is None:
             _fill_zero_weights(module)
         else:
@@ -187,7 +202,7 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
             num_trained_classes = _count_classes(module, num_classes, state)
             if num_trained_classes != num_classes:
                 num_classes = num_trained_classes
-                module = architecture.build(num_classes, image_size)
+                module = build(num_classes)
             load_state(module, state, model, description)
         module = module.eval().to(memory_format=torch.channels_last)  # a third faster on CPUs
 
@@ -196,10 +211,34 @@ def load_model(model: str = PACKAGED_MODEL, weights: str = "DEFAULT", seed: int 
         name=model,
         module=module,
         weights=description,
-        preprocess=pretrained.preprocess,
+        preprocess=preprocess,
         num_classes=num_classes,
         categories=pretrained.categories if has_categories else None,
     )
+
+
+def _resize(preprocess: Preprocess, image_size: int) -> Preprocess:
+    """The same preprocessing for a square of another side."""
+    resize_size = round(preprocess.resize_size * image_size / preprocess.crop_size)
+    return replace(preprocess, resize_size=resize_size, crop_size=image_size)
+
+
+def _build_at_size(architecture: Architecture, num_classes: int, image_size: int) -> nn.Module:
+    """A network with random weights that has run on one image of this size.
+
+    Raises:
+        ArgumentError: It cannot.
+    """
+    try:
+        module = architecture.build(num_classes, image_size)
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"{architecture.name} cannot run on images of {image_size} pixels: {first_line(error)}.",
+            "pass another --image-size, or leave it out.",
+        ) from error
+    return module
 
 
 def _require_text(option: str, value: object) -> None:

@@ -48,7 +48,11 @@ def find_timm_architecture(model: str) -> Architecture:
         )
 
     def build(num_classes: int, image_size: int) -> nn.Module:
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        # A model with a position embedding is made for one size; others take no such argument.
+        size = {"img_size": image_size} if config.fixed_input_size else {}
+        module: nn.Module = timm.create_model(
+            name, pretrained=False, num_classes=num_classes, **size
+        )
         return module
 
     def fetch() -> StateDict:

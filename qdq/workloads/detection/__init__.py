@@ -28,18 +28,17 @@ YOLO_PREFIX = "yolo/"
 _TRAINING_SHAPES = 2000  # generated pictures to fine-tune on
 
 
-def load_detector(options: WorkloadOptions, size: int | None = None) -> Workload:
+def load_detector(options: WorkloadOptions) -> Workload:
     """A detector with pictures; its metrics are mAP and mAP50.
 
     Args:
         options: The model is "yolo/FILE.pt", a file that ultralytics has saved, or the name of a detector of
             torchvision, whose weights are as for `load_torchvision_detector`. The data is the YAML file of a data set
             in the format of ultralytics; without one there are generated pictures of shapes.
-        size: Side of the images in pixels; None means that of the model.
 
     Raises:
-        ArgumentError: A number is below 1, a metric, weights for a file of ultralytics, or no data for a detector that
-            does not know the generated shapes.
+        ArgumentError: A number is below 1, an image size that the model cannot use, a metric, weights for a file of
+            ultralytics, or no data for a detector that does not know the generated shapes.
         DataError: The data set cannot be read.
         DependencyError: A package is not installed.
         ModelError: The model or its weights cannot be loaded, or lack a class of the data set.
@@ -58,7 +57,7 @@ def load_detector(options: WorkloadOptions, size: int | None = None) -> Workload
             )
     data_set = None if options.data is None else read_yolo_data(Path(options.data))
     names = SHAPE_NAMES if data_set is None else data_set.names
-    detector = _load_network(options, names, size)
+    detector = _load_network(options, names)
     if data_set is None:
         _require_shapes(options.model, detector)
     train: Pictures = ShapePictures(_TRAINING_SHAPES, detector.size, 2 * options.seed)
@@ -82,10 +81,9 @@ def load_detector(options: WorkloadOptions, size: int | None = None) -> Workload
     )
 
 
-def _load_network(
-    options: WorkloadOptions, names: tuple[str, ...], size: int | None
-) -> LoadedDetector:
+def _load_network(options: WorkloadOptions, names: tuple[str, ...]) -> LoadedDetector:
     """The detector that a name and weights mean."""
+    size = options.image_size
     if not options.model.startswith(YOLO_PREFIX):
         return load_torchvision_detector(options.model, names, options.weights, size, options.seed)
     if options.weights != "DEFAULT":

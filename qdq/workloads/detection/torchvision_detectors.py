@@ -122,7 +122,7 @@ def build_detector(
     if size is not None and size < _LEAST_SIZE:
         raise ArgumentError(
             f"the side of the images is {size} pixels; detectors need {_LEAST_SIZE}.",
-            "pass a larger size.",
+            f"pass --image-size {_LEAST_SIZE}, or a larger one.",
         )
     # Tensors created in inference mode could be neither trained nor changed later.
     with torch.inference_mode(False), seeded_rng(seed):

@@ -154,7 +154,7 @@ def _require_size(size: int) -> int:
         nearest = max(round(size / _STRIDE), 1) * _STRIDE
         raise ArgumentError(
             f"the side of the images is {size}; it must be a multiple of {_STRIDE}.",
-            f"pass {nearest}.",
+            f"pass --image-size {nearest}.",
         )
     return size
 

@@ -21,13 +21,13 @@ _SHAPE_SIZE = 160  # side of the generated pictures
 _TRAINING_SHAPES = 2000  # generated pictures to fine-tune on
 
 
-def load_segmenter(options: WorkloadOptions, size: int | None = None) -> Workload:
+def load_segmenter(options: WorkloadOptions) -> Workload:
     """A segmentation network of torchvision with images and masks; its metric is the mean IoU.
 
     Args:
         options: The model is a name of torchvision, its weights as for `load_torchvision_segmenter`. The data is a
-            folder as for `read_mask_folder`; without one there are generated pictures of shapes.
-        size: Side of the images in pixels; None: 512 for a folder, 160 for generated pictures.
+            folder as for `read_mask_folder`; without one there are generated pictures of shapes. The side of the images
+            defaults to 512 pixels for a folder, and to 160 for generated pictures.
 
     Raises:
         ArgumentError: A number below 1, or a metric.
@@ -40,7 +40,7 @@ def load_segmenter(options: WorkloadOptions, size: int | None = None) -> Workloa
             f"--metric {options.metric} is given, and {options.model} is measured by mean IoU.",
             "leave --metric out, or build the model yourself: --model FILE.py:FUNCTION.",
         )
-    train, val = _open(options, size)
+    train, val = _open(options)
     loaded = load_torchvision_segmenter(options.model, options.weights, NUM_CLASSES, options.seed)
     take = partial(_draw_batches, options)
     evaluation = take(val, options.eval_samples)
@@ -58,11 +58,12 @@ def load_segmenter(options: WorkloadOptions, size: int | None = None) -> Workloa
     )
 
 
-def _open(options: WorkloadOptions, size: int | None) -> tuple[MaskedImages, MaskedImages]:
+def _open(options: WorkloadOptions) -> tuple[MaskedImages, MaskedImages]:
     """Images to train and to calibrate on, and images to evaluate on."""
     if options.data is not None:
-        return read_mask_folder(Path(options.data), size or _FOLDER_SIZE, options.seed)
-    side = size or _SHAPE_SIZE
+        side = options.image_size or _FOLDER_SIZE
+        return read_mask_folder(Path(options.data), side, options.seed)
+    side = options.image_size or _SHAPE_SIZE
     train = ShapeMasks(_TRAINING_SHAPES, side, 2 * options.seed)
     return train, ShapeMasks(options.eval_samples, side, 2 * options.seed + 1)
 

@@ -18,9 +18,11 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.transforms import functional as TF
 
-from qdq.errors import DependencyError, ModelError
+from qdq.errors import ArgumentError, DependencyError, ModelError
 from qdq.seeds import seeded_rng
+from qdq.workloads.classification.images import CALIBRATION_PHOTOGRAPHS, read_image
 from qdq.workloads.classification.models import LoadedModel, Preprocess, load_model
 
 
@@ -189,6 +191,27 @@ def test_random_weights_depend_on_the_seed_alone(name):
     assert same_tensors(first.module, load_model(name, "random", 3).module)
     assert not same_tensors(first.module, load_model(name, "random", 4).module)
     assert first.weights == "random (seed 3)"
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "squeezenet1_1"])
+def test_another_image_size_shows_the_same_part_of_an_image(name):
+    loaded = load_model(name, "random", image_size=96)
+    image = read_image(CALIBRATION_PHOTOGRAPHS[1].find_files()[0])
+    resized = TF.resize(image, [round(256 * 96 / 224)])
+    expected = TF.normalize(
+        TF.to_tensor(TF.center_crop(resized, [96, 96])),
+        loaded.preprocess.mean,
+        loaded.preprocess.std,
+    )
+    torch.testing.assert_close(loaded.preprocess(image), expected)
+    with torch.inference_mode():
+        assert loaded.module(expected[None]).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 8), ("vit_b_32", 100)])
+def test_an_image_size_that_a_model_cannot_use_is_refused(name, size):
+    with pytest.raises(ArgumentError, match=f"{name} cannot run on images of {size} pixels"):
+        load_model(name, "random", image_size=size)
 
 
 @pytest.mark.filterwarnings("error")

@@ -23,6 +23,14 @@ def test_images_are_preprocessed_as_timm_does():
         assert loaded.module(transform(image)[None]).shape == (1, 1000)
 
 
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet"])
+def test_another_image_size(name):
+    loaded = load_model(name, "random", image_size=96)
+    assert loaded.preprocess.crop_size == 96
+    with torch.no_grad():
+        assert loaded.module(torch.zeros(1, 3, 96, 96)).shape == (1, 1000)
+
+
 def test_a_checkpoint_decides_the_number_of_classes(tmp_path):
     trained = timm.create_model("test_resnet", pretrained=False, num_classes=7).eval()
     torch.save(trained.state_dict(), tmp_path / "seven.pth")

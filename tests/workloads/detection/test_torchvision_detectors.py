@@ -83,9 +83,9 @@ def test_a_tiny_size_is_refused():
 
 def test_a_workload_calibrates_and_evaluates_on_other_pictures(checkpoint):
     options = WorkloadOptions(
-        SSDLITE, str(checkpoint[1]), calib_batches=2, eval_samples=5, batch_size=2
+        SSDLITE, str(checkpoint[1]), calib_batches=2, eval_samples=5, batch_size=2, image_size=SIZE
     )
-    workload = load_detector(options, SIZE)
+    workload = load_detector(options)
     calibration, evaluation = list(workload.calibration), list(workload.evaluation)
     assert [len(batch) for batch in calibration] == [2, 2]
     assert [len(batch) for batch in evaluation] == [2, 2, 1]
@@ -103,8 +103,10 @@ def test_a_workload_calibrates_and_evaluates_on_other_pictures(checkpoint):
 
 def test_perfect_outputs_have_a_perfect_score(monkeypatch, checkpoint):
     """`score` compares with the objects of the images that it hands to `predict`."""
-    options = WorkloadOptions(SSDLITE, "random", calib_batches=1, eval_samples=3, batch_size=2)
-    workload = load_detector(options, SIZE)
+    options = WorkloadOptions(
+        SSDLITE, "random", calib_batches=1, eval_samples=3, batch_size=2, image_size=SIZE
+    )
+    workload = load_detector(options)
     pictures = workload.evaluation.pictures
     answers = iter([target for _, targets in pictures for target in targets])
 
@@ -128,6 +130,8 @@ def test_perfect_outputs_have_a_perfect_score(monkeypatch, checkpoint):
         ({"calib_batches": 0}, "calib_batches x batch_size is 0"),
         ({"eval_samples": 0}, "eval_samples is 0"),
         ({"metric": "net.py:score"}, "is measured by mAP"),
+        ({"image_size": 0}, "image_size is 0 pixels"),
+        ({"image_size": 32}, "detectors need 64"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

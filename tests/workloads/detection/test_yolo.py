@@ -169,8 +169,9 @@ def test_another_file_is_refused(tasks, tmp_path, content):
 
 
 def test_a_size_that_the_maps_do_not_divide_is_refused(saved):
-    with pytest.raises(ArgumentError, match="must be a multiple of 32"):
+    with pytest.raises(ArgumentError, match="must be a multiple of 32") as caught:
         load_yolo(saved[1], 100)
+    assert "--image-size 96" in caught.value.fix
 
 
 def test_without_ultralytics_the_error_says_what_to_install(monkeypatch, tmp_path):

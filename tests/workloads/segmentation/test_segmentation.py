@@ -119,12 +119,12 @@ def test_network_of_torchvision_with_a_checkpoint(tmp_path):
     trained = build_segmenter(MODEL, 6, seed=3)
     state = {**trained.state_dict(), "aux_classifier.0.weight": torch.zeros(2)}
     torch.save(state, tmp_path / "six.pth")
-    options = {"calib_batches": 1, "eval_samples": 3, "batch_size": 2}
+    options = {"calib_batches": 1, "eval_samples": 3, "batch_size": 2, "image_size": 96}
     workload = load_workload(WorkloadOptions(MODEL, str(tmp_path / "six.pth"), **options))
     assert len(workload.example.inputs) == 2
     assert [len(batch.inputs) for batch in workload.evaluation] == [2, 1]
     with torch.no_grad():
-        assert workload.module(workload.example.inputs)["out"].shape == (2, 6, 160, 160)
+        assert workload.module(workload.example.inputs)["out"].shape == (2, 6, 96, 96)
     assert 0 <= workload.measure(workload.module)["mIoU"] < 1
     assert len(workload.load_training()) == 1000
     with pytest.raises(ArgumentError, match="is measured by mean IoU"):
