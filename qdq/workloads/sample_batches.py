@@ -1,15 +1,16 @@
-"""A list of batches of any kind, with what the report says of them."""
+"""A list of batches of any kind, or items that become batches, with what the report says of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 
 from qdq.batch import count_samples, take_samples
 from qdq.errors import ArgumentError
+from qdq.seeds import seeded_rng
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +67,89 @@ class SampleBatches:
         labels = None if self.labels is None else self.labels[:n]
         description = f"the first {n} of: {self.description}"
         return replace(self, batches=batches, labels=labels, description=description)
+
+
+class Items(Protocol):
+    """Samples by index, which are read or drawn when they are needed; `description` is for the report."""
+
+    @property
+    def description(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnBatches:
+    """Some of many items, in batches; every pass gives the same batches in the same order. The last may be smaller.
+
+    Args:
+        items: The items.
+        indices: Those of them that are used, in order.
+        batch_size: Items in a batch.
+        description: Source, number and seed, for the report.
+
+    Raises:
+        ArgumentError: `batch_size` is below 1, or no item is used.
+    """
+
+    items: Items = field(repr=False)
+    indices: Sequence[int] = field(repr=False)
+    batch_size: int
+    description: str
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ArgumentError(
+                f"batch_size is {self.batch_size}; it must be 1 or more.", "pass a positive one."
+            )
+        if not self.indices:
+            raise ArgumentError(
+                "there are no images to make batches of.",
+                "raise --calib-batches and --eval-images.",
+            )
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of items in a pass."""
+        return len(self.indices)
+
+    def subset(self, n: int) -> Self:
+        """The first `n` items, or all if there are fewer.
+
+        Raises:
+            ArgumentError: `n` is below 1.
+        """
+        if n >= self.num_samples:
+            return self
+        description = f"the first {n} of: {self.description}"
+        return replace(self, indices=self.indices[:n], description=description)
+
+    def load_items(self) -> Iterator[list[Any]]:
+        """The items of each batch."""
+        for start in range(0, len(self.indices), self.batch_size):
+            indices = self.indices[start : start + self.batch_size]
+            yield [self.items[index] for index in indices]
+
+
+def draw_indices(items: Items, count: int, seed: int) -> tuple[list[int], str]:
+    """Some items in random order, all if there are fewer; a larger count begins with the same ones.
+
+    Args:
+        items: The items.
+        count: Number of those to draw.
+        seed: Seed of the order. The global random state does not change.
+
+    Returns:
+        Their indices, and what they are, for the report.
+    """
+    with seeded_rng(seed):
+        indices = torch.randperm(len(items))[:count].tolist()
+    return indices, f"{len(indices)} of {len(items)} {items.description}, drawn with seed {seed}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,13 +6,9 @@ A detector is quantized and exported without NMS (`torchvision_detectors`, `yolo
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from qdq.errors import ArgumentError
-from qdq.seeds import seeded_rng
 from qdq.text import list_names
 from qdq.workloads.detection.loaded_detector import DetectorInputs, LoadedDetector, make_score
 from qdq.workloads.detection.pictures import PictureBatches, Pictures
@@ -20,6 +16,7 @@ from qdq.workloads.detection.shapes import SHAPE_NAMES, ShapePictures
 from qdq.workloads.detection.torchvision_detectors import load_torchvision_detector
 from qdq.workloads.detection.yolo import load_yolo
 from qdq.workloads.detection.yolo_data import read_yolo_data
+from qdq.workloads.sample_batches import draw_indices
 from qdq.workloads.workload import Workload, WorkloadOptions
 
 YOLO_PREFIX = "yolo/"
@@ -65,7 +62,10 @@ def load_detector(options: WorkloadOptions) -> Workload:
     if data_set is not None:
         train, val = data_set.train, data_set.val
 
-    take = partial(_draw_batches, detector.size, options)
+    def take(pictures: Pictures, count: int) -> PictureBatches:
+        indices, description = draw_indices(pictures, count, options.seed)
+        return PictureBatches(pictures, indices, options.batch_size, description, detector.size)
+
     evaluation = take(val, options.eval_samples)
     return Workload(
         name=options.model,
@@ -105,14 +105,3 @@ def _require_shapes(model: str, detector: LoadedDetector) -> None:
             f"{model} needs pictures: the generated ones show {list_names(SHAPE_NAMES, 3)}, which it does not know.",
             "pass --data FILE.yaml, a data set with its classes.",
         )
-
-
-def _draw_batches(
-    size: int, options: WorkloadOptions, pictures: Pictures, count: int
-) -> PictureBatches:
-    """Some of the pictures in random order, all if there are fewer."""
-    with seeded_rng(options.seed):
-        indices = torch.randperm(len(pictures))[:count].tolist()
-    drawn = f"{len(indices)} of {len(pictures)} {pictures.description}"
-    description = f"{drawn}, drawn with seed {options.seed}"
-    return PictureBatches(pictures, indices, size, options.batch_size, description)

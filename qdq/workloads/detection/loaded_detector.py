@@ -61,7 +61,7 @@ class DetectorInputs:
     @property
     def num_samples(self) -> int:
         """Number of images in a pass."""
-        return self.pictures.num_images
+        return self.pictures.num_samples
 
     @property
     def labels(self) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdq.errors import ArgumentError
+from qdq.workloads.sample_batches import DrawnBatches
 
 _BORDER = 114 / 255  # the grey around letterboxed images that YOLO is trained with
 
@@ -53,61 +54,33 @@ class Pictures(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class PictureBatches:
-    """Pictures as batches of squares; every pass gives the same batches in the same order.
+class PictureBatches(DrawnBatches):
+    """Pictures as batches of squares.
 
     Iterating gives `(images, targets)`: float32 `[B, 3, size, size]` from 0 to 1, and a `Target` for each image in the
-    pixels of the square. The last batch may be smaller.
+    pixels of the square.
 
     Args:
-        pictures: The pictures.
-        indices: Those of them that are used, in order.
+        items: The pictures.
         size: Side of the squares in pixels.
-        batch_size: Images in a batch.
-        description: Source, number and seed, for the report.
 
     Raises:
-        ArgumentError: A number is below 1, or there are no pictures.
+        ArgumentError: `size` is below 1.
     """
 
-    pictures: Pictures = field(repr=False)
-    indices: Sequence[int] = field(repr=False)
+    items: Pictures = field(repr=False)
     size: int
-    batch_size: int
-    description: str
 
     def __post_init__(self) -> None:
-        for name, number in (("size", self.size), ("batch_size", self.batch_size)):
-            if number < 1:
-                raise ArgumentError(f"{name} is {number}; it must be 1 or more.", f"raise {name}.")
-        if not self.indices:
-            raise ArgumentError("there are no pictures to make batches of.", "use one or more.")
+        super().__post_init__()
+        if self.size < 1:
+            raise ArgumentError(f"size is {self.size}; it must be 1 or more.", "raise size.")
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Target]]]:
-        for start in range(0, len(self.indices), self.batch_size):
-            indices = self.indices[start : start + self.batch_size]
-            squares = [letterbox(self.pictures[index], self.size) for index in indices]
+        for pictures in self.load_items():
+            squares = [letterbox(picture, self.size) for picture in pictures]
             images, targets = zip(*squares, strict=True)
             yield torch.stack(images), list(targets)
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    @property
-    def num_images(self) -> int:
-        """Number of images in a pass."""
-        return len(self.indices)
-
-    def subset(self, n: int) -> PictureBatches:
-        """The first `n` images, or all if there are fewer.
-
-        Raises:
-            ArgumentError: `n` is below 1.
-        """
-        if n >= self.num_images:
-            return self
-        description = f"the first {n} of: {self.description}"
-        return replace(self, indices=self.indices[:n], description=description)
 
 
 def letterbox(picture: Picture, size: int) -> tuple[Tensor, Target]:

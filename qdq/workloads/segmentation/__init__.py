@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from qdq.errors import ArgumentError
-from qdq.seeds import seeded_rng
+from qdq.workloads.sample_batches import draw_indices
 from qdq.workloads.segmentation.mask_folder import read_mask_folder
 from qdq.workloads.segmentation.masked_images import MaskBatches, MaskedImages
 from qdq.workloads.segmentation.mean_iou import make_score
@@ -42,7 +39,11 @@ def load_segmenter(options: WorkloadOptions) -> Workload:
         )
     train, val = _open(options)
     loaded = load_torchvision_segmenter(options.model, options.weights, NUM_CLASSES, options.seed)
-    take = partial(_draw_batches, options)
+
+    def take(images: MaskedImages, count: int) -> MaskBatches:
+        indices, description = draw_indices(images, count, options.seed)
+        return MaskBatches(images, indices, options.batch_size, description)
+
     evaluation = take(val, options.eval_samples)
     return Workload(
         name=options.model,
@@ -66,12 +67,3 @@ def _open(options: WorkloadOptions) -> tuple[MaskedImages, MaskedImages]:
     side = options.image_size or _SHAPE_SIZE
     train = ShapeMasks(_TRAINING_SHAPES, side, 2 * options.seed)
     return train, ShapeMasks(options.eval_samples, side, 2 * options.seed + 1)
-
-
-def _draw_batches(options: WorkloadOptions, images: MaskedImages, count: int) -> MaskBatches:
-    """Some of the images in random order, all if there are fewer."""
-    with seeded_rng(options.seed):
-        indices = torch.randperm(len(images))[:count].tolist()
-    drawn = f"{len(indices)} of {len(images)} {images.description}"
-    description = f"{drawn}, drawn with seed {options.seed}"
-    return MaskBatches(images, indices, options.batch_size, description)

@@ -47,8 +47,8 @@ def test_boxes_move_with_the_picture(height, width, expected):
 
 def test_batches():
     pictures = Painted([paint(32, 32, (index, 8, 12, 20)) for index in range(5)])
-    batches = PictureBatches(pictures, [4, 0, 2], 32, 2, "drawn")
-    assert (len(batches), batches.num_images) == (2, 3)
+    batches = PictureBatches(pictures, [4, 0, 2], 2, "drawn", 32)
+    assert (len(batches), batches.num_samples) == (2, 3)
     (images, targets), (last, _) = batches
     assert (images.shape, last.shape) == ((2, 3, 32, 32), (1, 3, 32, 32))
     assert [target.boxes[0, 0].item() for target in targets] == [4, 0]
@@ -62,4 +62,4 @@ def test_batches():
 )
 def test_empty_batches_are_refused(indices, size, batch_size):
     with pytest.raises(ArgumentError):
-        PictureBatches(Painted(), indices, size, batch_size, "none")
+        PictureBatches(Painted(), indices, batch_size, "none", size)
