@@ -326,27 +326,42 @@ def take_samples(batch: Any, n: int) -> Any:
         batch: As for `qdq.predict`.
         n: Number of samples, at least 1.
     """
-    size = count_samples(batch)
-    if n >= size:
+    if n >= count_samples(batch):
         return batch
+    return _select_samples(batch, slice(n))
+
+
+def drop_samples(batch: Any, n: int) -> Any:
+    """A batch without its first `n` samples, in the same containers; cut as by `take_samples`.
+
+    Args:
+        batch: As for `qdq.predict`.
+        n: Number of samples, fewer than there are.
+    """
+    return _select_samples(batch, slice(n, None))
+
+
+def _select_samples(batch: Any, rows: slice) -> Any:
+    size = count_samples(batch)
     if isinstance(batch, Labelled):
-        return Labelled(_take_rows(batch.inputs, size, n), _take_rows(batch.labels, size, n))
-    return _take_rows(batch, size, n)
+        inputs = _select_rows(batch.inputs, size, rows)
+        return Labelled(inputs, _select_rows(batch.labels, size, rows))
+    return _select_rows(batch, size, rows)
 
 
-def _take_rows(part: Any, size: int, n: int) -> Any:
-    """The first rows of every tensor with one row for each sample, and the first items of a list of samples."""
+def _select_rows(part: Any, size: int, rows: slice) -> Any:
+    """Some rows of every tensor with one row for each sample, and some items of a list of samples."""
     is_list_of_samples = isinstance(part, list) and len(part) == size
     if is_list_of_samples and not any(is_by_sample(item, size) for item in part):
-        return part[:n]
+        return part[rows]
     if isinstance(part, tuple):
-        return tuple(_take_rows(item, size, n) for item in part)
-    return map_leaves(partial(_cut_leaf, size, n), part)
+        return tuple(_select_rows(item, size, rows) for item in part)
+    return map_leaves(partial(_cut_leaf, size, rows), part)
 
 
-def _cut_leaf(size: int, n: int, leaf: Any) -> Any:
+def _cut_leaf(size: int, rows: slice, leaf: Any) -> Any:
     if is_by_sample(leaf, size):
-        return leaf[:n]
+        return leaf[rows]
     return leaf
 
 

@@ -106,7 +106,9 @@ def qat(
     net = workload.module
     calibration, samples, view = workload.calibration, workload.evaluation, workload.view
     check_layers(workload, exclude=exclude, plan=pinned, layers=layers)
-    training = workload.load_training()
+    uses_labels = loss in ("labels", "both")
+    num_held_out = 0 if uses_labels else workload.num_held_out
+    training = workload.load_training(num_held_out)
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
     run = qdq.start_run(
         output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
@@ -131,7 +133,7 @@ def qat(
     scores["calibrated"] = workload.measure(net)
 
     run.stage("analyze")
-    held_out = calibration.subset(32)
+    held_out = calibration.subset(workload.num_held_out)
     analysis = qdq.analyze_layers(
         net,
         held_out,
@@ -144,7 +146,6 @@ def qat(
     qdq.save_plan(analysis.plan, run.plan_file)
 
     run.stage("fine-tune")
-    uses_labels = loss in ("labels", "both")
     uses_teacher = loss in ("distill", "both")
     distillation = qdq.Distillation(**view, weights=workload.output_weights)
     tuning = qdq.finetune(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +96,14 @@ def load_transformers_model(options: WorkloadOptions) -> Workload:
             f"{folder} holds neither a tokenizer nor an image processor.",
             "save it into the same folder: tokenizer.save_pretrained(folder).",
         )
+    training = ShuffledBatches(calibration.batches, calibration.description)
     return Workload(
         name=options.model,
         weights=_describe_weights(options),
         module=module,
         calibration=calibration,
         evaluation=evaluation,
-        load_training=partial(ShuffledBatches, calibration.batches, calibration.description),
+        load_training=training.without_first,
         score=_choose_score(module, evaluation, mask),
         outputs=options.outputs,
         mask=mask,

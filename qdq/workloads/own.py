@@ -90,15 +90,14 @@ def load_own(options: WorkloadOptions) -> Workload:
         labels,
         "none" if labels is None else f"of the batches of {options.data}",
     )
+    training = ShuffledBatches(calibration_batches, calibration.description, calibration.labels)
     return Workload(
         name=options.model,
         weights=f"as {options.model} builds it",
         module=module,
         calibration=calibration,
         evaluation=evaluation,
-        load_training=lambda: ShuffledBatches(
-            calibration_batches, calibration.description, calibration.labels
-        ),
+        load_training=training.without_first,
         score=score,
         outputs=options.outputs,
         mask=options.mask,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from qdq.batch import count_samples, take_samples
+from qdq.batch import count_samples, drop_samples, take_samples
 from qdq.errors import ArgumentError
 from qdq.seeds import seeded_rng
 
@@ -66,6 +66,26 @@ class SampleBatches:
             remaining -= count_samples(batch)
         labels = None if self.labels is None else self.labels[:n]
         description = f"the first {n} of: {self.description}"
+        return replace(self, batches=batches, labels=labels, description=description)
+
+    def without_first(self, n: int) -> Self:
+        """All samples but the first `n`; the first batch is cut.
+
+        Args:
+            n: At least 0.
+
+        Raises:
+            ArgumentError: There are no more.
+        """
+        batches = []
+        remaining = n
+        for batch in self.batches:
+            size = count_samples(batch)
+            if remaining < size:
+                batches.append(drop_samples(batch, remaining) if remaining > 0 else batch)
+            remaining -= size
+        labels = None if self.labels is None else self.labels[n:]
+        description = _describe_rest(n, self.description)
         return replace(self, batches=batches, labels=labels, description=description)
 
 
@@ -129,6 +149,18 @@ class DrawnBatches:
         description = f"the first {n} of: {self.description}"
         return replace(self, indices=self.indices[:n], description=description)
 
+    def without_first(self, n: int) -> Self:
+        """All items but the first `n`.
+
+        Args:
+            n: At least 0.
+
+        Raises:
+            ArgumentError: There are no more.
+        """
+        description = _describe_rest(n, self.description)
+        return replace(self, indices=self.indices[n:], description=description)
+
     def load_items(self) -> Iterator[list[Any]]:
         """The items of each batch."""
         for start in range(0, len(self.indices), self.batch_size):
@@ -150,6 +182,10 @@ def draw_indices(items: Items, count: int, seed: int) -> tuple[list[int], str]:
     with seeded_rng(seed):
         indices = torch.randperm(len(items))[:count].tolist()
     return indices, f"{len(indices)} of {len(items)} {items.description}, drawn with seed {seed}"
+
+
+def _describe_rest(n: int, description: str) -> str:
+    return f"all but the first {n} of: {description}" if n else description
 
 
 @dataclass(frozen=True, eq=False)

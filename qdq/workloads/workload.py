@@ -25,6 +25,7 @@ EVALUATION_SAMPLES = 500
 """Default number of samples to evaluate on."""
 
 _EXAMPLE_SAMPLES = 2
+_MOST_HELD_OUT = 32
 
 
 class Samples(Protocol):
@@ -119,7 +120,8 @@ class Workload:
         module: The network that is quantized and exported, in evaluation mode. A detector is without NMS.
         calibration: Samples to calibrate on, and to choose on.
         evaluation: Other samples, to evaluate on.
-        load_training: Returns batches to fine-tune on; none of them is in `evaluation`.
+        load_training: Returns batches to fine-tune on: none of them is in `evaluation`, nor among as many of the first
+            samples of `calibration` as it is called with.
         score: The metric of the task; None if accuracy by labels, or nothing, is measured.
         outputs: The parts of the outputs that count, as for `qdq.predict`; None for all.
         mask: What leaves padding out, as for `qdq.predict`.
@@ -131,7 +133,7 @@ class Workload:
     module: nn.Module
     calibration: Samples
     evaluation: Samples
-    load_training: Callable[[], TrainingSamples] = field(repr=False)
+    load_training: Callable[[int], TrainingSamples] = field(repr=False)
     score: Score | None = None
     outputs: Selection | None = None
     mask: Mask | None = None
@@ -141,6 +143,11 @@ class Workload:
     def example(self) -> Any:
         """A small batch for stages that only trace the model."""
         return take_samples(next(iter(self.calibration)), _EXAMPLE_SAMPLES)
+
+    @property
+    def num_held_out(self) -> int:
+        """How many of the first samples of `calibration` are not fine-tuned on, so that they measure it."""
+        return min(_MOST_HELD_OUT, max(self.calibration.num_samples // 2, 1))
 
     @property
     def view(self) -> dict[str, Any]:

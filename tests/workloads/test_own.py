@@ -89,7 +89,12 @@ def test_first_batches_calibrate_and_the_others_evaluate(net):
     assert scores["mean score"] == pytest.approx(float(named["scores"].mean()), abs=1e-6)
     same = load(calib_batches=2)
     torch.testing.assert_close(same.module.state_dict(), workload.module.state_dict())
-    assert len(list(same.load_training())) == 2
+    assert same.num_held_out == 2
+    (held_out,) = same.calibration.subset(2)
+    (trained,) = same.load_training(2)
+    (half,) = same.load_training(3)
+    assert not torch.equal(held_out.inputs["image"], trained.inputs["image"])
+    assert torch.equal(half.inputs["image"], trained.inputs["image"][1:])
 
 
 def test_labels_of_a_classifier_are_its_classes(net):

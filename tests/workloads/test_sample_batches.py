@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qdq import ArgumentError, Labelled, SampleBatches
-from qdq.batch import count_samples, take_samples
+from qdq.batch import count_samples, drop_samples, take_samples, tensors_of
 from qdq.workloads.sample_batches import ShuffledBatches
 
 IMAGES = torch.arange(5 * 3 * 20 * 20, dtype=torch.float32).reshape(5, 3, 20, 20)
@@ -39,6 +39,12 @@ TABLE = torch.arange(7)  # not by sample
 def test_first_samples_of_every_form(batch):
     cut = take_samples(batch, 2)
     assert type(cut) is type(batch)
+    rest = drop_samples(batch, 2)
+    assert type(rest) is type(batch)
+    assert count_samples(rest) == 3
+    for first, last, whole in zip(*map(tensors_of, (cut, rest, batch)), strict=False):
+        if whole is not TABLE and len(whole) == 5:
+            assert torch.equal(torch.cat([first, last]), whole)
     assert count_samples(batch) == 5
     assert count_samples(cut) == 2
     assert take_samples(batch, 5) is batch
@@ -62,6 +68,13 @@ def test_subset_cuts_the_last_batch_and_the_labels():
     assert subset.description == "the first 5 of: nine rows"
     assert samples.subset(9) is samples
     assert samples.subset(100) is samples
+    rest = samples.without_first(5)
+    assert [len(batch) for batch in rest] == [1, 3]
+    assert rest.labels == [5, 6, 7, 8]
+    assert rest.description == "all but the first 5 of: nine rows"
+    assert samples.without_first(0).num_samples == 9
+    with pytest.raises(ArgumentError, match="no batch in all but the first 9"):
+        samples.without_first(9)
     with pytest.raises(ArgumentError, match="n is 0"):
         samples.subset(0)
     with pytest.raises(ArgumentError, match="no batch in nothing"):

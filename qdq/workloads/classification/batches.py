@@ -151,6 +151,24 @@ class CropBatches:
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size, num_images=self.num_images)
 
+    def without_first(self, n: int) -> CropBatches:
+        """Crops of all images but the first `n`, one of each.
+
+        Args:
+            n: At least 0.
+
+        Raises:
+            ArgumentError: There are no more.
+        """
+        files = self.files[n:]
+        labels = None if self.labels is None else self.labels[n:]
+        description = (
+            f"random crops of {len(files)} images, without the first {n} of: {self.description}"
+        )
+        return replace(
+            self, files=files, labels=labels, num_images=len(files), description=description
+        )
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         order = torch.randperm(self.num_images) % len(self.files)
         for batch in torch.split(order, self.batch_size):

@@ -38,8 +38,11 @@ def load_classifier(options: WorkloadOptions) -> Workload:
     amounts = (num_calibration, options.eval_samples, options.batch_size, options.seed)
     calibration, evaluation = load_images(options.data, loaded, *amounts)
 
-    def load_training() -> CropBatches:
-        return load_training_images(options.data, loaded, None, *amounts)
+    def load_training(num_held_out: int) -> CropBatches:
+        crops = load_training_images(options.data, loaded, None, *amounts)
+        if options.data is None:  # of a few photographs: others would be lost
+            return crops
+        return crops.without_first(num_held_out)
 
     return Workload(
         name=loaded.name,

@@ -64,6 +64,9 @@ def test_no_image_is_trained_on_and_evaluated_on(tmp_path, split):
     assert training.num_images == len(training_colours) == 12
     assert not training_colours & colours(evaluation)
     assert colours(calibration) <= training_colours
+    rest = training.without_first(3)
+    assert len(colours(rest)) == rest.num_images == 9
+    assert not colours(rest) & colours(calibration.subset(3))
     for images, labels in training:
         for image, label in zip(images, labels.tolist(), strict=True):
             (file,) = (path for path in tmp_path.rglob("*.png") if has_colour(path, image))

@@ -90,7 +90,11 @@ def test_a_workload_calibrates_and_evaluates_on_other_pictures(checkpoint):
     assert [len(batch) for batch in calibration] == [2, 2]
     assert [len(batch) for batch in evaluation] == [2, 2, 1]
     assert evaluation[0].shape == (2, 3, SIZE, SIZE)
-    assert len(workload.load_training()) == 1000
+    assert workload.num_held_out == 2
+    training = workload.load_training(2).pictures
+    assert training.num_samples == 1998
+    held_out = workload.calibration.subset(2).pictures
+    assert not {*training.indices} & {*held_out.indices}
     for image in torch.cat(calibration):
         assert not any(torch.equal(image, other) for other in torch.cat(evaluation))
 

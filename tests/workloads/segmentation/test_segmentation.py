@@ -126,7 +126,10 @@ def test_network_of_torchvision_with_a_checkpoint(tmp_path):
     with torch.no_grad():
         assert workload.module(workload.example.inputs)["out"].shape == (2, 6, 96, 96)
     assert 0 <= workload.measure(workload.module)["mIoU"] < 1
-    assert len(workload.load_training()) == 1000
+    assert workload.num_held_out == 1
+    training = workload.load_training(1)
+    assert training.num_samples == 1999
+    assert workload.calibration.indices[0] not in training.indices
     with pytest.raises(ArgumentError, match="is measured by mean IoU"):
         load_workload(WorkloadOptions(MODEL, "random", metric="a.py:f"))
     with pytest.raises(ModelError, match="unknown weights 'best'"):
