@@ -197,7 +197,7 @@ def test_a_broken_second_output_fails_the_parity(heads, batches, tmp_path):
     assert bad.parity.sqnr_db == pytest.approx(scores_db)  # the worst one's, not that of the boxes
     assert bad.parity.outputs["boxes"].is_sufficient
     text = bad.format_table()
-    assert "scores: against torch on 7 samples: SQNR" in text
+    assert "scores: against torch on 7 rows: SQNR" in text
     assert "boxes: torch against itself" in text
 
 

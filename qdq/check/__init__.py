@@ -129,7 +129,7 @@ def _format_parity(parity: Parity) -> Iterator[str]:
     """The comparison with torch, and the tie floor if it was measured; of several outputs, lines for each."""
     for name, output in _list_outputs(parity):
         yield (
-            f"{name}against torch on {output.images} samples: {_format_answers(name, output)}"
+            f"{name}against torch on {output.images} rows: {_format_answers(name, output)}"
             f"SQNR {output.sqnr_db:.1f} dB, cosine {output.cosine:.6f}, max abs {output.max_abs:.3g}, "
             f"equal except for float rounding {output.exact:.1%}"
         )
@@ -143,7 +143,7 @@ def _format_parity(parity: Parity) -> Iterator[str]:
 def _format_default_parity(parity: Parity) -> Iterator[str]:
     for name, output in _list_outputs(parity):
         yield (
-            f"{name}ONNX Runtime's default session against the plain one on {output.images} samples: "
+            f"{name}ONNX Runtime's default session against the plain one on {output.images} rows: "
             f"{_format_answers(name, output)}SQNR {output.sqnr_db:.1f} dB, max abs {output.max_abs:.3g}"
         )
 

@@ -177,12 +177,12 @@ class Parity:
     Of several outputs, the figures are those of the output that is closest to failing, or fails most.
 
     Args:
-        images: Number of samples that were compared.
+        images: Number of rows that were compared: samples, or with a mask, tokens that are no padding.
         max_abs: Largest absolute difference.
         cosine: Cosine of all outputs as one vector.
         sqnr_db: SQNR in dB of the second outputs against the first.
-        agreement: Fraction of samples with the same largest output, 0..1; None if the output is not `[N, classes]`.
-        exact: Fraction of samples whose outputs differ by float rounding only (1e-4 of their largest value).
+        agreement: Fraction of rows with the same largest output, 0..1; None if the output is not `[N, classes]`.
+        exact: Fraction of rows whose outputs differ by float rounding only (1e-4 of their largest value).
         tie_floor_db: SQNR in dB with an error from rounding ties only (`evaluate.measure_tie_floor`), None if not
             measured.
         outputs: Name -> the same for each output, if there are several.

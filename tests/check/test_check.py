@@ -214,7 +214,7 @@ class TestParity:
             (rule, "info") for rule in rules
         ]
         assert report.default_parity.images == 4
-        assert "default session against the plain one on 4 samples" in report.format_table()
+        assert "default session against the plain one on 4 rows" in report.format_table()
         assert not check_onnx(float_file, **outputs, tie_floor_db=floor, ignore=["QDQ191"]).findings
 
     def test_a_bias_that_onnxruntime_clips(self, tmp_path):
