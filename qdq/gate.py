@@ -19,6 +19,7 @@ from qdq.schema import validate
 from qdq.text import MOST_CHARACTERS, printable
 
 _ROUNDING = 1e-9  # of float64: 84.8 - 84.4 is not more than 0.4
+_FLOAT32_ROUNDING = 1e-5  # relative, of a score of the float model on another machine
 _SHOWN_LAYERS = 3
 
 # Decimals of a value, and of a fraction. A value gets more if it would look like the limit that it misses.
@@ -275,6 +276,13 @@ class _RunFacts:
         return self.require(scores.get(metric), f"{metric} of {candidate['name']}", fix)
 
     @property
+    def float_scores(self) -> dict[str, float]:
+        """Top-1, top-5 and the metrics of the task of the float model, without those that were not measured."""
+        scores = {name: self.reference.get(name) for name in ("top1", "top5")}
+        scores |= self.reference.get("scores") or {}
+        return {name: score for name, score in scores.items() if score is not None}
+
+    @property
     def outputs(self) -> dict[str, float | None]:
         """SQNR of each output of the result in dB, if there are several; None is infinite."""
         return {entry["name"]: entry["sqnr_db"] for entry in self.result.get("outputs") or ()}
@@ -331,7 +339,7 @@ def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool) -> None
 
 
 def _require_same_images(run: _RunFacts, baseline: _RunFacts) -> None:
-    """Require the same number of images and the same labels; if a run has no digest of them, the same float accuracy.
+    """Require the same number of images and the same labels; if a run has no digest of them, the same float scores.
 
     The location of the images does not matter, nor does the float model that was quantized.
 
@@ -341,17 +349,28 @@ def _require_same_images(run: _RunFacts, baseline: _RunFacts) -> None:
     count, baseline_count = (facts.get("evaluation", "images") for facts in (run, baseline))
     marks, baseline_marks = (facts.get("data", "labels_digest") for facts in (run, baseline))
     if marks is None or baseline_marks is None:
-        marks = [run.reference.get("top1"), run.reference.get("top5")]
-        baseline_marks = [baseline.reference.get("top1"), baseline.reference.get("top5")]
+        marks, baseline_marks = run.float_scores, baseline.float_scores
 
     is_same_count = count is not None and count == baseline_count
-    if is_same_count and marks == baseline_marks:
+    if is_same_count and _are_close(marks, baseline_marks):
         return
     raise DataError(
         f"the runs {run.run} and {baseline.run} were not evaluated on the same images: {count!r} and "
         f"{baseline_count!r} images, identified by {marks!r} and {baseline_marks!r} "
-        "(labels, or top-1 and top-5 in float).",
+        "(labels, or the scores in float).",
         "evaluate both with the same data, --eval-images and --seed.",
+    )
+
+
+def _are_close(marks: Any, baseline_marks: Any) -> bool:
+    """Whether two marks are equal; scores may differ by the rounding of float32, which depends on the machine."""
+    if not isinstance(marks, Mapping) or not isinstance(baseline_marks, Mapping):
+        return bool(marks == baseline_marks)
+    if set(marks) != set(baseline_marks):
+        return False
+    return all(
+        math.isclose(value, baseline_marks[name], rel_tol=_FLOAT32_ROUNDING)
+        for name, value in marks.items()
     )
 
 

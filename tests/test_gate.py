@@ -150,6 +150,12 @@ def test_a_section_that_is_missing(tmp_path, key):
             gate_run(path, min_int8_macs=0.5)
 
 
+def measure(content, **scores):
+    """Give all candidates a metric instead of labels."""
+    for candidate in content["evaluation"]["candidates"]:
+        candidate.update(top1=None, top5=None, scores=scores)
+
+
 def test_runs_on_other_images_are_not_compared(tmp_path):
     def refuse(first, second):
         with pytest.raises(DataError, match="not evaluated on the same images"):
@@ -162,6 +168,12 @@ def test_runs_on_other_images_are_not_compared(tmp_path):
         changed(tmp_path, lambda content: content["evaluation"]["candidates"][0].update(top1=0.85)),
     )
     copy = tmp_path / "copy.json"
+    copy.write_text(changed(tmp_path, lambda content: measure(content, mAP=0.4)).read_text())
+    refuse(copy, changed(tmp_path, lambda content: measure(content, mAP=0.41)))
+    refuse(copy, changed(tmp_path, lambda content: measure(content, mIoU=0.4)))
+    refuse(copy, GOOD)
+    same = changed(tmp_path, lambda content: measure(content, mAP=0.4 + 1e-7))
+    assert gate_run(copy, baseline=same, max_score_drop={"mAP": 0.01}).passed
     copy.write_text(
         changed(tmp_path, lambda content: content["data"].update(labels_digest="0123")).read_text()
     )
