@@ -1,8 +1,9 @@
-"""Trained weights of a network: torchvision's own, fetched once, or a checkpoint file of any training script."""
+"""Networks of torchvision, with its trained weights, fetched once, or a checkpoint file of any training script."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -11,7 +12,9 @@ import socket
 import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlparse
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qdq.errors import ModelError
+from qdq.seeds import seeded_rng
 from qdq.text import list_names
 from qdq.weights import StateDict, first_line, require_convertible
 
@@ -35,6 +39,65 @@ _OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 # Weights older than PyTorch 0.4.1 lack it, and inference does not read it.
 _COUNTER = "num_batches_tracked"
 _AVERAGED_MODEL_COUNTER = "n_averaged"  # added by torch.optim.swa_utils.AveragedModel
+
+
+@dataclass(frozen=True)
+class TorchvisionTask:
+    """The networks of torchvision for a task other than classification.
+
+    Args:
+        models: `torchvision.models`.
+        module: The part of it that has these networks.
+        kind: What they are, in words, such as "a detector".
+        example: Name of one of them.
+    """
+
+    models: ModuleType
+    module: ModuleType
+    kind: str
+    example: str
+
+    def knows(self, model: str) -> bool:
+        """Whether torchvision has such a network of this name."""
+        return model in self.models.list_models(module=self.module)
+
+    def list_weights(self, model: str) -> dict[str, Any]:
+        """The trained weights of a network by name.
+
+        Raises:
+            ModelError: torchvision has no such network of this name.
+        """
+        self._require(model)
+        return dict(self.models.get_model_weights(model).__members__)
+
+    def build(self, model: str, num_classes: int, seed: int) -> nn.Module:
+        """A network with random weights, in evaluation mode.
+
+        Args:
+            model: Its name in torchvision.
+            num_classes: Number of classes, the background included.
+            seed: Seed of the weights. The global random state does not change.
+
+        Raises:
+            ModelError: torchvision has no such network of this name.
+        """
+        self._require(model)
+        # Tensors created in inference mode could be neither trained nor changed later.
+        with torch.inference_mode(False), seeded_rng(seed):
+            network: nn.Module = self.models.get_model(
+                model, weights=None, weights_backbone=None, num_classes=num_classes
+            )
+        return network.eval()
+
+    def _require(self, model: str) -> None:
+        if self.knows(model):
+            return
+        names = self.models.list_models(module=self.module)
+        close = difflib.get_close_matches(model.lower(), names, n=3)
+        fix = f"pass a name such as {self.example}."
+        if close:
+            fix = f"did you mean {' or '.join(close)}?"
+        raise ModelError(f"unknown model {model!r}; expected {self.kind} of torchvision.", fix)
 
 
 def fetch_weights(entry: Any) -> StateDict:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qdq.detector import split_detector
 from qdq.errors import ArgumentError, DependencyError, ModelError
-from qdq.seeds import seeded_rng
 from qdq.weights import StateDict, read_checkpoint, require_plain
 from qdq.workloads.detection.loaded_detector import LoadedDetector
-from qdq.workloads.trained_weights import fetch_weights, find_checkpoint, load_state, rename_keys
+from qdq.workloads.trained_weights import (
+    TorchvisionTask,
+    fetch_weights,
+    find_checkpoint,
+    load_state,
+    rename_keys,
+)
 
 try:
     import torchvision
@@ -27,6 +30,12 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision buil
 BACKGROUND = "__background__"
 """The first class of every detector of torchvision."""
 
+_TASK = TorchvisionTask(
+    torchvision.models,
+    torchvision.models.detection,
+    "a detector",
+    "ssdlite320_mobilenet_v3_large",
+)
 _SIZE = 640  # of a detector that takes images of any size
 _LEAST_SIZE = 64
 
@@ -52,7 +61,7 @@ def load_torchvision_detector(
         ModelError: Unknown model or weights; weights that cannot be fetched or read or do not fit the model.
         ArgumentError: `size` is below 64.
     """
-    entries = _list_weights(model)
+    entries = _TASK.list_weights(model)
     categories = (BACKGROUND, *names)
     if weights == "random":
         detector = build_detector(model, len(categories), size, seed)
@@ -118,21 +127,16 @@ def build_detector(
         ModelError: torchvision has no detector of this name.
         ArgumentError: `size` is below 64.
     """
-    _require_detector(model)
     if size is not None and size < _LEAST_SIZE:
         raise ArgumentError(
             f"the side of the images is {size} pixels; detectors need {_LEAST_SIZE}.",
             f"pass --image-size {_LEAST_SIZE}, or a larger one.",
         )
-    # Tensors created in inference mode could be neither trained nor changed later.
-    with torch.inference_mode(False), seeded_rng(seed):
-        detector: nn.Module = torchvision.models.get_model(
-            model, weights=None, weights_backbone=None, num_classes=num_classes
-        )
+    detector = _TASK.build(model, num_classes, seed)
     transform: Any = detector.get_submodule("transform")
     fixed_size = transform.fixed_size or (_SIZE, _SIZE)
     transform.fixed_size = fixed_size if size is None else (size, size)
-    return detector.eval()
+    return detector
 
 
 def is_detector_name(model: str) -> bool:
@@ -141,25 +145,7 @@ def is_detector_name(model: str) -> bool:
     Args:
         model: The name.
     """
-    return model in torchvision.models.list_models(module=torchvision.models.detection)
-
-
-def _require_detector(model: str) -> None:
-    """Refuse a name that is not a detector of torchvision."""
-    if is_detector_name(model):
-        return
-    detectors = torchvision.models.list_models(module=torchvision.models.detection)
-    close = difflib.get_close_matches(model.lower(), detectors, n=3)
-    fix = "pass a name such as ssdlite320_mobilenet_v3_large."
-    if close:
-        fix = f"did you mean {' or '.join(close)}?"
-    raise ModelError(f"unknown model {model!r}; expected a detector of torchvision.", fix)
-
-
-def _list_weights(model: str) -> dict[str, Any]:
-    """The trained weights of a detector by name."""
-    _require_detector(model)
-    return dict(torchvision.models.get_model_weights(model).__members__)
+    return _TASK.knows(model)
 
 
 def _count_classes(detector: nn.Module, num_classes: int, state: StateDict) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdq.errors import DependencyError, ModelError
-from qdq.seeds import seeded_rng
 from qdq.weights import StateDict, read_checkpoint, require_plain
-from qdq.workloads.trained_weights import fetch_weights, find_checkpoint, load_state, rename_keys
+from qdq.workloads.trained_weights import (
+    TorchvisionTask,
+    fetch_weights,
+    find_checkpoint,
+    load_state,
+    rename_keys,
+)
 
 try:
     import torchvision
@@ -23,6 +26,12 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision buil
         "pip install 'qdq[demo]'",
     ) from error
 
+_TASK = TorchvisionTask(
+    torchvision.models,
+    torchvision.models.segmentation,
+    "a segmentation network",
+    "lraspp_mobilenet_v3_large",
+)
 _MEAN = [0.485, 0.456, 0.406]  # of ImageNet, with which torchvision trained its weights
 _STD = [0.229, 0.224, 0.225]
 _AUXILIARY_HEAD = "aux_classifier."  # only training uses it
@@ -63,7 +72,7 @@ def is_segmenter_name(model: str) -> bool:
     Args:
         model: The name.
     """
-    return model in torchvision.models.list_models(module=torchvision.models.segmentation)
+    return _TASK.knows(model)
 
 
 def load_torchvision_segmenter(
@@ -81,7 +90,7 @@ def load_torchvision_segmenter(
     Raises:
         ModelError: Unknown model or weights; weights that cannot be fetched or read or do not fit the model.
     """
-    entries = _list_weights(model)
+    entries = _TASK.list_weights(model)
     if weights == "random":
         module = build_segmenter(model, num_classes, seed)
         return LoadedSegmenter(module, f"random (seed {seed})", num_classes)
@@ -115,32 +124,7 @@ def build_segmenter(model: str, num_classes: int, seed: int = 0) -> nn.Module:
     Raises:
         ModelError: torchvision has no segmentation network of this name.
     """
-    _require_segmenter(model)
-    with torch.inference_mode(False), seeded_rng(seed):
-        module: nn.Module = torchvision.models.get_model(
-            model, weights=None, weights_backbone=None, num_classes=num_classes
-        )
-    return module.eval()
-
-
-def _require_segmenter(model: str) -> None:
-    """Refuse a name that is not a segmentation network of torchvision."""
-    if is_segmenter_name(model):
-        return
-    names = torchvision.models.list_models(module=torchvision.models.segmentation)
-    close = difflib.get_close_matches(model.lower(), names, n=3)
-    fix = "pass a name such as lraspp_mobilenet_v3_large."
-    if close:
-        fix = f"did you mean {' or '.join(close)}?"
-    raise ModelError(
-        f"unknown model {model!r}; expected a segmentation network of torchvision.", fix
-    )
-
-
-def _list_weights(model: str) -> dict[str, Any]:
-    """The trained weights of a network by name."""
-    _require_segmenter(model)
-    return dict(torchvision.models.get_model_weights(model).__members__)
+    return _TASK.build(model, num_classes, seed)
 
 
 def _count_classes(model: str, state: StateDict, default: int) -> int:
