@@ -59,6 +59,7 @@ _PERSISTENT = (
     "persistent_workers carry their random numbers from epoch to epoch, and these cannot be saved: if the data "
     "is drawn at random, a resumed run sees other data; leave persistent_workers out to get the same losses"
 )
+_FLOAT_ROUNDING_DB = 90.0  # an output that is not quantized has about this SQNR, or more
 _MEASUREMENTS = 10  # of the metric in a run, unless measure_every says otherwise
 
 
@@ -153,7 +154,8 @@ def finetune(
         held: Held-out batches, which are not trained on. They are read once, with the random numbers of `seed`. The
             metric follows the training goal: with `loss` it is minus that loss, so the batches need the same labels;
             otherwise it is the SQNR of the outputs against the teacher's, in dB; of several, that of the worst, or of
-            all with the weights of `distillation`.
+            all with the weights of `distillation`. Without weights, a state in which an output is worse than before
+            training is never the best.
         metric: `model -> number`, higher is better; replaces the metric on `held`.
         measure_every: Steps between two measurements; None: a tenth of all steps.
         folder: For the state of the run, the best and the last model and a summary. A finished run is read back. For
@@ -340,7 +342,7 @@ def _prepare(
         held_out = [trainer.place(batch) for batch in held_batches]
         settings["held"] = digest_tensors(tensors_of(held_out))
         view = task.distillation.view if task.distillation else ALL_OUTPUTS
-        metric = _make_metric(task.loss, teacher, held_out, view)
+        metric = _make_metric(task.loss, task.model, teacher, held_out, view)
     record = Record(
         trainer,
         metric,
@@ -491,34 +493,65 @@ def _name(function: Any) -> str:
 
 
 def _make_metric(
-    loss: Loss | None, teacher: nn.Module | None, held_out: list[Any], view: OutputView
+    loss: Loss | None,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    held_out: list[Any],
+    view: OutputView,
 ) -> Callable[[nn.Module], float]:
     """The metric that fits the training goal, on batches that are not trained on; higher is better."""
     if loss is not None:
         return _LossMetric(loss, held_out)
     assert teacher is not None  # noqa: S101  # without a loss there must be distillation
-    return _DistanceMetric(teacher, held_out, view)
+    return _DistanceMetric(model, teacher, held_out, view)
 
 
 class _DistanceMetric:
-    """SQNR of the outputs against the teacher's, in dB: of the worst output, or weighted."""
+    """SQNR of the outputs against the teacher's, in dB: weighted, or of the worst output.
 
-    def __init__(self, teacher: nn.Module, held_out: list[Any], view: OutputView) -> None:
+    Without weights, what an output has lost since the start is subtracted from the worst one's SQNR at the start. So
+    the start itself is better than a state that gains in one output what it loses in another.
+
+    Args:
+        model: The model before training.
+        teacher: The float model.
+        held_out: Batches that are not trained on.
+        view: The outputs that count.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, held_out: list[Any], view: OutputView
+    ) -> None:
         self._batches = held_out
         self._view = view
         with without_tf32():  # as the metric is measured
             self._expected = self._predict(teacher)
+            self._start = self._measure(model)
 
     def __call__(self, model: nn.Module) -> float:
+        decibels = self._measure(model)
+        weights = self._view.weigh(list(decibels))
+        if weights is None and len(decibels) > 1:
+            loss = max(_find_loss(self._start[name], decibels[name]) for name in decibels)
+            if loss > 0:
+                return decide_db(self._start) - loss
+        return decide_db(decibels, weights)
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
+        """SQNR of each output in dB."""
         pairs = pair_arrays(self._expected, self._predict(model))
-        decibels = {name: sqnr_db(*pair) for name, pair in pairs.items()}
-        return decide_db(decibels, self._view.weigh(list(decibels)))
+        return {name: sqnr_db(*pair) for name, pair in pairs.items()}
 
     def _predict(self, model: nn.Module) -> Outputs:
         outputs: Outputs = predict(
             model, self._batches, outputs=self._view.outputs, mask=self._view.mask
         )
         return outputs
+
+
+def _find_loss(before: float, after: float) -> float:
+    """How much worse an SQNR has become, in dB; above that of float rounding, it does not count."""
+    return min(before, _FLOAT_ROUNDING_DB) - min(after, _FLOAT_ROUNDING_DB)
 
 
 class _LossMetric:

@@ -32,6 +32,9 @@ Loss = Callable[[Any, Any], torch.Tensor] | Literal["own"]
 
 # The energy of a sample counts as at least this fraction of the mean of its batch.
 _MIN_ENERGY = 1e-3
+# The error of an output before training counts as at least this fraction of the largest one.
+_MIN_START_ERROR = 1e-3
+_START_ERRORS = "start_errors"
 _TINY = 1e-30  # an energy that counts as 0, far enough above the smallest float32 to divide by
 
 
@@ -54,8 +57,9 @@ class Distillation:
         outputs: Parts of the outputs to compare, as for `predictor.predict`; None for all. Each has its own error, so
             outputs of other scales count the same.
         mask: What leaves padding out of the outputs, as for `predictor.predict`.
-        weights: Name -> weight of each output that counts. None: all count the same, and the worst output, whose
-            relative error is largest, has the largest gradient.
+        weights: Name -> weight of the relative error of each output that counts. None: each is divided by what it was
+            before training, and multiplied by their mean. Otherwise the gradient of an output with a small error would
+            be lost beside the others, and that output would become worse.
 
     Raises:
         ArgumentError: A weight below 0, no weight above 0, layers without features, a temperature that is not above
@@ -148,6 +152,7 @@ class Objective:
         self._teacher = teacher
         self._loss = loss
         self._distillation = distillation
+        self._start_errors: torch.Tensor | None = None
         self._layers: list[str] = []
         if distillation is not None and distillation.features:
             self._layers = _find_layers(model, distillation.layers)
@@ -165,18 +170,46 @@ class Objective:
             outputs, total = run_with_loss(self._model, self._loss, batch)
         if self._distillation is None or self._teacher is None:
             return total
-        with (
-            _plain_attention(),
-            evaluating(self._teacher),
-            _recording(self._teacher, self._layers) as expected_features,
-        ):
-            targets = call_model(self._teacher, batch)
+        with _recording(self._teacher, self._layers) as expected_features:
+            targets = _ask(self._teacher, batch)
         if self._loss != "own":
-            total = total + _measure_distance(self._distillation, outputs, targets, batch)
+            pairs = _pair_outputs(self._distillation.view, outputs, targets, batch)
+            total = total + _measure_distance(self._distillation, pairs, self._start_errors)
         if self._layers:
             distance = _compare_features(features, expected_features)
             total = total + self._distillation.features * distance
         return total
+
+    def balance(self, batch: Any) -> None:
+        """Measure the relative error of each output, by which the loss divides it from now on; once, before training.
+
+        Args:
+            batch: As for `finetune`; the same one in every process.
+        """
+        distillation, teacher = self._distillation, self._teacher
+        if self._start_errors is not None or distillation is None or teacher is None:
+            return
+        if not distillation.mse or distillation.weights is not None:
+            return
+        with evaluating(self._model):
+            outputs = call_model(self._model, batch)
+        pairs = _pair_outputs(distillation.view, outputs, _ask(teacher, batch), batch)
+        errors = [relative_error(*pair) for pair in pairs.values()]
+        self._start_errors = torch.stack([error.detach().cpu() for error in errors])
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """What `balance` has measured, from which `unpack` continues."""
+        return {} if self._start_errors is None else {_START_ERRORS: self._start_errors}
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue with what another objective has measured."""
+        self._start_errors = tensors.get(_START_ERRORS)
+
+
+def _ask(teacher: nn.Module, batch: Any) -> Any:
+    """The outputs of the teacher."""
+    with _plain_attention(), evaluating(teacher):
+        return call_model(teacher, batch)
 
 
 def _require_loss(loss: Loss | None, distillation: Distillation | None) -> None:
@@ -201,11 +234,10 @@ def _require_loss(loss: Loss | None, distillation: Distillation | None) -> None:
         )
 
 
-def _measure_distance(
-    distillation: Distillation, outputs: Any, targets: Any, batch: Any
-) -> torch.Tensor:
-    """The weighted distance of the outputs of two models on a batch."""
-    view = distillation.view
+def _pair_outputs(
+    view: OutputView, outputs: Any, targets: Any, batch: Any
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The outputs of two models side by side, by name, without padding."""
     actual = _require_floats(view.select(outputs))
     names = list(view.select_floats(outputs))
     # A teacher may be elsewhere, and return the same outputs in another order or under other names.
@@ -217,9 +249,19 @@ def _measure_distance(
     if mask is not None:
         require_fitting(mask, dict(zip(names, actual, strict=True)))
         pairs = [(clear_padding(one, mask), clear_padding(other, mask)) for one, other in pairs]
-    errors = [relative_error(output, target) for output, target in pairs]
-    total = distillation.mse * _mean(errors, view.weigh(names))
-    divergences = _measure_divergences(distillation, names, pairs)
+    return dict(zip(names, pairs, strict=True))
+
+
+def _measure_distance(
+    distillation: Distillation,
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    start_errors: torch.Tensor | None,
+) -> torch.Tensor:
+    """The weighted distance of the outputs of two models on a batch."""
+    errors = [relative_error(output, target) for output, target in pairs.values()]
+    weights = distillation.view.weigh(list(pairs))
+    total = distillation.mse * _combine(errors, weights, start_errors)
+    divergences = _measure_divergences(distillation, pairs)
     if not (distillation.mse or distillation.features or divergences):
         raise ArgumentError(
             "the distillation is 0: kl needs one output [N, classes], or the names of those that are.",
@@ -229,9 +271,7 @@ def _measure_distance(
 
 
 def _measure_divergences(
-    distillation: Distillation,
-    names: list[str],
-    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    distillation: Distillation, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> list[torch.Tensor]:
     """The weighted divergence of each output that has classes.
 
@@ -240,17 +280,17 @@ def _measure_divergences(
     """
     kl, temperature = distillation.kl, distillation.temperature
     if not isinstance(kl, Mapping):
-        is_classes = len(pairs) == 1 and pairs[0][0].dim() == 2
-        return [kl * _soften(temperature, *pairs[0])] if kl and is_classes else []
-    by_name = dict(zip(names, pairs, strict=True))
+        (first, *others) = pairs.values()
+        is_classes = not others and first[0].dim() == 2
+        return [kl * _soften(temperature, *first)] if kl and is_classes else []
     divergences = []
     for name, weight in kl.items():
-        if name not in by_name or by_name[name][0].dim() != 2:
-            shapes = {known: list(pair[0].shape) for known, pair in by_name.items()}
+        if name not in pairs or pairs[name][0].dim() != 2:
+            shapes = {known: list(pair[0].shape) for known, pair in pairs.items()}
             raise ArgumentError(
                 f"kl names {name}; the outputs are {shapes}.", "name those that are [N, classes]."
             )
-        divergences.append(weight * _soften(temperature, *by_name[name]))
+        divergences.append(weight * _soften(temperature, *pairs[name]))
     return divergences
 
 
@@ -259,13 +299,24 @@ def _soften(temperature: float, output: torch.Tensor, target: torch.Tensor) -> t
     return divergence(output / temperature, target / temperature) * temperature**2
 
 
-def _mean(values: list[torch.Tensor], weights: list[float] | None) -> torch.Tensor:
-    """The mean of scalars, with or without weights."""
-    stacked = torch.stack(values)
-    if weights is None:
+def _combine(
+    errors: list[torch.Tensor], weights: list[float] | None, start_errors: torch.Tensor | None
+) -> torch.Tensor:
+    """The error of all outputs from that of each.
+
+    Args:
+        errors: Relative error of each output.
+        weights: Weight of each. None: their errors before training decide.
+        start_errors: These, `[outputs]`; None if they are not known.
+    """
+    stacked = torch.stack(errors)
+    if weights is not None:
+        factors = torch.tensor(weights, device=stacked.device)
+        return (factors * stacked).sum() / factors.sum()
+    if start_errors is None or not start_errors.any():
         return stacked.mean()
-    factors = torch.tensor(weights, device=stacked.device)
-    return (factors * stacked).sum() / factors.sum()
+    shares = start_errors.clamp_min(_MIN_START_ERROR * float(start_errors.max()))
+    return (stacked * (start_errors.mean() / shares).to(stacked.device)).mean()
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

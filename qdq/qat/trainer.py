@@ -44,6 +44,7 @@ _WATCHED = 0.25  # fraction of the steps, at the end, in which weights are watch
 _MODEL_PREFIX = "model//"
 _WATCH_PREFIX = "watch//"
 _OPTIMIZER_PREFIX = "optimizer//"
+_OBJECTIVE_PREFIX = "objective//"
 _FIXES = {
     "all": "check the patterns in layers; parameters with requires_grad=False are not trained.",
     "ranges": "learn ranges with ranges='lsq' or 'pact', and check the patterns in layers.",
@@ -255,6 +256,8 @@ class Trainer:
         with self.failing_together():
             self._stop_ranges_when_due()
             batch = self.place(batch)
+            with self._autocast():
+                self._objective.balance(batch)
             samples, num_samples = shard_samples(batch)
             self._start_watch_when_due()
             if self._schedule.grow and not self._growing:
@@ -349,11 +352,14 @@ class Trainer:
             self._optimizer.zero_grad()
         if num_samples == 0:
             return torch.zeros((), device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
+        with self._autocast():
             loss = self._objective(batch)
         if self._optimizer is not None:
             self._backward(loss)
         return loss.detach().to(self.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp)
 
     def _backward(self, loss: torch.Tensor) -> None:
         if loss.requires_grad:
@@ -545,10 +551,12 @@ class Trainer:
         self._ranges.stop()
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Model, optimizer and counts of oscillations as tensors, from which `unpack` continues exactly."""
+        """Model, objective, optimizer and counts of oscillations as tensors, from which `unpack` continues exactly."""
         tensors = {}
         for name, tensor in self.model.state_dict().items():
             tensors[f"{_MODEL_PREFIX}{name}"] = tensor
+        for name, tensor in self._objective.pack().items():
+            tensors[f"{_OBJECTIVE_PREFIX}{name}"] = tensor
         if self._watch:
             for name, tensor in self._watch.pack().items():
                 tensors[f"{_WATCH_PREFIX}{name}"] = tensor
@@ -565,6 +573,7 @@ class Trainer:
         if self._ranges.parameters and not is_learned:
             self._stop_ranges()  # they were no longer learned then
         self.model.load_state_dict(select_prefix(tensors, _MODEL_PREFIX))
+        self._objective.unpack(select_prefix(tensors, _OBJECTIVE_PREFIX))
         if self._optimizer:
             self._unpack_optimizer(self._optimizer, tensors)
         counts = select_prefix(tensors, _WATCH_PREFIX)
