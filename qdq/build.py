@@ -49,7 +49,7 @@ class BuildReport:
         profiles: Dynamic input -> `min`, `opt` and `max` shape.
         layers: Every convolution and matrix product, in the order of the graph.
         coverage: The expectation for each of them before the build.
-        trtexec: Command for the target by version, `tensorrt10` and `tensorrt11`.
+        trtexec: Command for the target by version, `tensorrt8.6`, `tensorrt10` and `tensorrt11` (see `trtexec_lines`).
         warnings: The reason why onnx's checker refuses a file that TensorRT builds; each builder message of severity
             WARNING or above, once.
     """
@@ -187,7 +187,13 @@ def build_engine(
     profiles = choose_profiles(_read_inputs(model), requests)
     # The suffix .plan: the command must not overwrite the engine written here, which no other version can read.
     target_engine = onnx_path.with_suffix(".plan")
-    commands = trtexec_lines(onnx_path, target_engine, profiles, half=_has_float16(model))
+    commands = trtexec_lines(
+        onnx_path,
+        target_engine,
+        profiles,
+        half=has_float16(model),
+        opset=model.opset_imports.get("", 0),
+    )
     chosen_backend = _find_backend(backend, commands)
     engine = _choose_engine_path(onnx_path, output, chosen_backend.name)
     target = sm if chosen_backend.name == "rtx" else None
@@ -331,7 +337,7 @@ def _is_constant(value: ir.Value | None) -> bool:
     return True
 
 
-def _has_float16(model: ir.Model) -> bool:
+def has_float16(model: ir.Model) -> bool:
     """Whether a constant or a result of the main graph is float16."""
     values = list(model.graph.initializers.values())
     for node in model.graph:
