@@ -56,6 +56,7 @@ _HOMES = {
         "enable_quantization",
     ),
     "range_files": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
+    "references": ("save_references",),
     "report": ("write_report",),
     "report.compare": ("compare_runs",),
     "report.explain": ("explain_layer",),

@@ -68,6 +68,7 @@ from qdq.range_files import RangeExport as RangeExport
 from qdq.range_files import RangeImport as RangeImport
 from qdq.range_files import export_ranges as export_ranges
 from qdq.range_files import import_ranges as import_ranges
+from qdq.references import save_references as save_references
 from qdq.report import write_report as write_report
 from qdq.report.compare import compare_runs as compare_runs
 from qdq.report.explain import explain_layer as explain_layer

@@ -147,6 +147,21 @@ def _unwrap(named: dict[str, Batches]) -> Outputs:
 
 def _run_file(model: OnnxModel, batch: Any, view: OutputView) -> dict[str, Array]:
     """Outputs of an ONNX file on one batch."""
+    inputs = list_file_inputs(model, batch)
+    outputs = {}
+    for name, array in zip(model.outputs, model(*inputs), strict=True):
+        is_numeric = isinstance(array, np.ndarray) and array.dtype != object
+        outputs[name] = torch.from_numpy(array) if is_numeric else None
+    return _to_arrays(outputs, batch, view)
+
+
+def list_file_inputs(model: OnnxModel, batch: Any) -> list[Any]:
+    """The arrays that a file takes for a batch, in the order of its inputs.
+
+    Args:
+        model: The file.
+        batch: As for `predict`.
+    """
     args, kwargs = split_inputs(batch)
     names = list(model.inputs)
     # Flags and strings are constants of the file.
@@ -158,11 +173,7 @@ def _run_file(model: OnnxModel, batch: Any, view: OutputView) -> dict[str, Array
     dtypes = [_FLOAT_TYPES.get(model.types[name]) for name in names]
     if len(leaves) != len(dtypes):  # refused by the file, with its own message
         dtypes = [None] * len(leaves)
-    outputs = {}
-    for name, array in zip(model.outputs, model(*map(_to_input, leaves, dtypes)), strict=True):
-        is_numeric = isinstance(array, np.ndarray) and array.dtype != object
-        outputs[name] = torch.from_numpy(array) if is_numeric else None
-    return _to_arrays(outputs, batch, view)
+    return list(map(_to_input, leaves, dtypes))
 
 
 def _to_input(leaf: Any, dtype: torch.dtype | None) -> Any:

@@ -53,6 +53,7 @@ PLAN_FILE = "plan.yaml"
 MODEL_FILE = "model.onnx"
 JOURNAL_FILE = "analysis.jsonl"
 STATISTICS_FILE = "calibration.safetensors"
+REFERENCES_FILE = "references.safetensors"
 TUNING_FOLDER = "tuning"
 
 _PROBE_SECONDS = 10.0  # no process takes longer to check whether a folder is in use
@@ -74,6 +75,7 @@ _RUN_FILES = (
     "model.onnx.data",
     "model.engine",
     "model.rtx.engine",
+    REFERENCES_FILE,
     REPORT_FILE,
     PAGE_FILE,
     TEXT_FILE,
@@ -158,6 +160,11 @@ class Run:
     def statistics_file(self) -> Path:
         """The statistics of calibration; `write_report` reads them."""
         return self.folder / STATISTICS_FILE
+
+    @property
+    def references_file(self) -> Path:
+        """Inputs and the outputs that belong to them, for `save_references`; `make_bundle` reads them."""
+        return self.folder / REFERENCES_FILE
 
     @property
     def journal_file(self) -> Path:

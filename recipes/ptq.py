@@ -160,6 +160,7 @@ def ptq(
         found_default=default_outputs,
         tie_floor_db=tie_floor_db,
     )
+    qdq.save_references(net, calibration, run.references_file, exported.path)
 
     run.stage("build")
     build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)

@@ -187,6 +187,7 @@ def qat(
         found_default=default_outputs,
         tie_floor_db=tie_floor_db,
     )
+    qdq.save_references(net, calibration, run.references_file, exported.path)
 
     run.stage("build")
     build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
