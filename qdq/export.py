@@ -42,7 +42,7 @@ from qdq.graph.merge_constants import MergeConstants
 from qdq.graph.merge_pairs import MergePairs
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.names import NameNodes
-from qdq.graph.opset import DEFAULT_OPSET, HIGHEST, LOWEST, NEWEST_OPSET, LowerOpset
+from qdq.graph.opset import DEFAULT_OPSET, LOWEST, LOWEST_OF_TORCH, NEWEST_OPSET, LowerOpset
 from qdq.graph.passes import run_passes
 from qdq.graph.precision import ConvertPrecision
 from qdq.graph.precision_rules import KeptNode
@@ -241,7 +241,7 @@ def _capture(
 
     A model whose forward names its device, or uses tensors that no module holds, is captured on its device.
     """
-    newest = max(opset, HIGHEST)  # torch writes no opset below HIGHEST
+    newest = max(opset, LOWEST_OF_TORCH)
     args, kwargs = _split_example(example_inputs)
     capture = partial(
         capture_graph, model, opset=newest, dynamic_batch=dynamic_batch, dynamic=dynamic
@@ -468,7 +468,7 @@ def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.
     if weights == "int8":
         passes.append(QuantizeWeights(_compute_int8_codes))
     passes += [MergeConstants(), RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()]
-    if opset < HIGHEST:
+    if opset < LOWEST_OF_TORCH:
         passes.append(LowerOpset(opset))
     return passes
 

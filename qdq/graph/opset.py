@@ -1,4 +1,4 @@
-"""Rewrite a model of ONNX opset 18 as opset 13 to 17: with the same meaning, or not at all.
+"""Rewrite a model of ONNX opset 18 or 19 as an older opset from 13 on: with the same meaning, or not at all.
 
 torch's exporter writes opset 18 and above. An operator needs work here only if its definition changed in between;
 `onnx.defs` knows when. `graph.opset_rules` has one rule for each such change.
@@ -22,6 +22,9 @@ from qdq.text import group_names, list_names
 LOWEST = 13
 """The first opset where Q/DQ have an axis."""
 
+LOWEST_OF_TORCH = 18
+"""The oldest opset that torch's exporter writes."""
+
 DEFAULT_OPSET = 19
 """The opset that export writes by default: the lowest one with 16-bit scales."""
 
@@ -35,17 +38,17 @@ _Body = ir.Graph | ir.Function
 
 
 class LowerOpset(ir.passes.InPlacePass):
-    """Lower a model from opset 18 or below to an older one, in place; a model of the target opset does not change.
+    """Lower a model from opset 19 or below to an older one, in place; a model of the target opset does not change.
 
     Subgraphs and functions are lowered too. Types and, for Split, shapes of values are needed if an operator changed:
     torch writes them, and `onnx_ir.passes.common.ShapeInferencePass` adds them to files of other tools.
 
     Args:
-        target: The target opset, 13 to 18.
+        target: The target opset, 13 to 19.
 
     Raises:
         ArgumentError: The target is out of range.
-        ExportError: The model is of an opset above 18, or has operators that the target cannot express; it is
+        ExportError: The model is of an opset above 19, or has operators that the target cannot express; it is
             unchanged then.
     """
 

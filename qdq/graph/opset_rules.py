@@ -17,7 +17,7 @@ from onnx import defs
 from qdq.graph.edits import is_needed
 from qdq.graph.pairs import constant_of, input_of
 
-HIGHEST = 18
+HIGHEST = 19
 """The newest opset whose changes have a rule here."""
 
 Edit = Callable[[], object]
@@ -222,6 +222,23 @@ def _roi_align_16(node: ir.Node) -> Edit | None:
     return partial(_remove_attributes, node, "coordinate_transformation_mode")
 
 
+def _average_pool_19(node: ir.Node) -> Edit | None:
+    """19 has dilations, and counts the last window with ceil_mode in another way."""
+    if _attribute(node, "ceil_mode", 0):
+        raise UnfitError("ceil_mode=1")
+    return _without(dilations=1)(node)
+
+
+def _lacking(name: str, value: str) -> Rule:
+    """The rule for a new value of an attribute."""
+
+    def rule(node: ir.Node) -> None:
+        if _attribute(node, name) in (value, value.encode()):
+            raise UnfitError(f"{name}={value}")
+
+    return rule
+
+
 def _expand(node: ir.Node) -> Edit:
     """Replace an elementwise operator by the older operators of its ONNX definition."""
     body = schema_of(node.op_type, HIGHEST).function_body
@@ -250,20 +267,30 @@ def _expand(node: ir.Node) -> Edit:
 _MORE_TYPES = (
     ("Add", 14),
     ("BatchNormalization", 15),
+    ("Constant", 19),
     ("CumSum", 14),
+    ("DequantizeLinear", 19),
     ("Div", 14),
+    ("Equal", 19),
     ("GreaterOrEqual", 16),
     ("Identity", 14),
     ("Identity", 16),
+    ("Identity", 19),
     ("If", 16),
+    ("If", 19),
     ("LeakyRelu", 16),
     ("LessOrEqual", 16),
     ("Loop", 16),
+    ("Loop", 19),
     ("Mul", 14),
     ("PRelu", 16),
     ("Pow", 15),
     ("Relu", 14),
+    ("Reshape", 19),
     ("Scan", 16),
+    ("Scan", 19),
+    ("Shape", 19),
+    ("Size", 19),
     ("Sub", 14),
     ("Where", 16),
 )
@@ -283,16 +310,21 @@ _REDUCTIONS = (
 RULES: dict[tuple[str, int], Rule] = {
     **dict.fromkeys(_MORE_TYPES, _keep),
     **dict.fromkeys(_REDUCTIONS, _reduce_18),
+    ("AveragePool", 19): _average_pool_19,
     ("BatchNormalization", 14): _without(training_mode=0),
+    ("Cast", 19): _without(saturate=1),
     ("GRU", 14): _without(layout=0),
     ("HardSwish", 14): _expand,
     ("LSTM", 14): _without(layout=0),
     ("LpPool", 18): _without(ceil_mode=0, dilations=1),
     ("Mish", 18): _expand,
     ("Pad", 18): _pad_18,
+    ("Pad", 19): _lacking("mode", "wrap"),
+    ("QuantizeLinear", 19): _without(saturate=1),
     ("RNN", 14): _without(layout=0),
     ("Reshape", 14): _reshape_14,
     ("Resize", 18): _without(antialias=0, axes=None, keep_aspect_ratio_policy="stretch"),
+    ("Resize", 19): _lacking("coordinate_transformation_mode", "half_pixel_symmetric"),
     ("RoiAlign", 16): _roi_align_16,
     ("ScatterElements", 16): _without(reduction="none"),
     ("ScatterElements", 18): _scatter_18,

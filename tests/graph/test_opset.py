@@ -29,7 +29,7 @@ KEEP = "float[2,6,4] y"
 def read(text, opset=HIGHEST):
     """`(inputs) => (outputs) <constants> { nodes }` as a model, with types of inner values as torch has them."""
     return ShapeInferencePass()(
-        ir.from_onnx_text(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')
+        ir.from_onnx_text(f'<ir_version: 9, opset_import: ["": {opset}]> g {text}')
     ).model
 
 
@@ -206,6 +206,21 @@ def test_same_numbers(case, target):
     assert set(lowered.graph.initializers) <= read_by
 
 
+@pytest.mark.parametrize("target", [17, 18])
+def test_a_file_with_qdq_from_19(target):
+    """What an export writes by default, for TensorRT 8.6: the same numbers, not one code differs."""
+    model = read(
+        f"""({IMAGE}) => (float[1,2,3,3] y) <float s = {{0.03125}}, int8 z = {{0}}> {{
+            q = QuantizeLinear <saturate = 1> (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            p = AveragePool <kernel_shape = [2, 2], strides = [2, 2], dilations = [1, 1]> (d)
+            c = Cast <to = 11, saturate = 1> (p)
+            y = Cast <to = 1> (c)
+        }}"""
+    )
+    assert_same_below(model, target)
+
+
 def test_reshape_of_an_empty_batch():
     """The one size that allowzero is about: what is copied instead is the same 0."""
     model = read(CASES["Reshape computed"])
@@ -312,7 +327,7 @@ REFUSED = {
         18,
     ),
     "policy of Resize": (
-        f"({IMAGE}) => (float[1,2,3,3] y) <int64[4] s = {{1, 2, 3, 3}}>"
+        f"({IMAGE}) => (float[A,B,C,D] y) <int64[4] s = {{1, 2, 3, 3}}>"
         '{ y = Resize <keep_aspect_ratio_policy = "not_larger"> (x, , , s) }',
         "Resize (keep_aspect_ratio_policy=not_larger)",
         18,
@@ -348,6 +363,29 @@ REFUSED = {
         f"({IMAGE}, float[1,4] r, int64[1] b) => (float[1,2,1,1] y) {{ y = RoiAlign (x, r, b) }}",
         "RoiAlign (coordinate_transformation_mode=half_pixel)",
         16,
+    ),
+    "saturate": (
+        "(float[2] x) => (float8e4m3fn[2] y) { y = Cast <to = 17, saturate = 0> (x) }",
+        "Cast (saturate=0)",
+        19,
+    ),
+    "wrap": (
+        f"({IMAGE}) => (float[1,2,6,8] y) <int64[8] p = {{0, 0, 0, 1, 0, 0, 0, 1}}>"
+        '{ y = Pad <mode = "wrap"> (x, p) }',
+        "Pad (mode=wrap)",
+        19,
+    ),
+    "symmetric": (
+        f"({IMAGE}) => (float[1,2,3,3] y) <float[4] s = {{1, 1, 0.5, 0.5}}>"
+        '{ y = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel_symmetric"> (x, , s) }',
+        "Resize (coordinate_transformation_mode=half_pixel_symmetric)",
+        19,
+    ),
+    "ceil_mode": (
+        f"({IMAGE}) => (float[1,2,2,2] y)"
+        "{ y = AveragePool <kernel_shape = [4, 4], strides = [3, 3], ceil_mode = 1> (x) }",
+        "AveragePool (ceil_mode=1)",
+        19,
     ),
     "several": (
         f"({X}, float[4] s) => ({KEEP}) {{t = LayerNormalization (x, s) u = LayerNormalization (t, s) y = Trilu (u)}}",
@@ -387,7 +425,7 @@ def test_reductions_of_scatter_since_16():
 
 def test_a_value_without_type_is_refused():
     model = ir.from_onnx_text(
-        f'<ir_version: 8, opset_import: ["": 18]> g ({X}) => ({KEEP}) {{ t = Relu (x) y = Exp (t) }}'
+        f'<ir_version: 9, opset_import: ["": 18]> g ({X}) => ({KEEP}) {{ t = Relu (x) y = Exp (t) }}'
     )
     with pytest.raises(ExportError, match="the type of t is not known"):
         LowerOpset(13)(model)
@@ -425,17 +463,17 @@ def test_models_that_need_nothing():
     assert LowerOpset(13)(model).modified  # from 14 as well as from 18
 
 
-def test_models_above_18_are_refused():
+def test_models_above_19_are_refused():
     model = read(f"({X}) => ({KEEP}) {{ y = Gelu (x) }}", opset=20)
     with pytest.raises(
-        ExportError, match=r"the model is of opset 20; only 18 and below can be lowered"
+        ExportError, match=r"the model is of opset 20; only 19 and below can be lowered"
     ):
         LowerOpset(13)(model)
 
 
-@pytest.mark.parametrize("target", [12, 19])
+@pytest.mark.parametrize("target", [12, 20])
 def test_targets_out_of_range(target):
-    with pytest.raises(ArgumentError, match=f"target is {target}; it must be 13 to 18"):
+    with pytest.raises(ArgumentError, match=f"target is {target}; it must be 13 to 19"):
         LowerOpset(target)
 
 
