@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +15,7 @@ from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.files import as_path
 from qdq.report.load import guarded, read_report
 from qdq.report.sections import JudgedSections
+from qdq.report.targets import TargetResult, load_targets
 from qdq.schema import validate
 from qdq.text import MOST_CHARACTERS, printable
 
@@ -95,6 +96,9 @@ def gate_run(
     max_size: float | None = None,
     min_score: Mapping[str, float] | None = None,
     max_score_drop: Mapping[str, float] | None = None,
+    targets: Sequence[Path | str] = (),
+    min_speedup: float | None = None,
+    max_latency_ms: float | None = None,
 ) -> GateReport:
     """Check a run against limits. The last row of its result table is checked: the ONNX file in the recipe.
 
@@ -112,6 +116,9 @@ def gate_run(
         min_score: Smallest value of a metric of the task by its name, `{"mAP": 0.4}`.
         max_score_drop: Largest drop of a metric from the baseline, in its own unit; without a baseline from the
             run's own float model.
+        targets: Files result.json that `verify.sh` of the run's bundle wrote. No check in them may have failed.
+        min_speedup: Smallest time of the float16 engine over that of the int8 engine; the worst target counts.
+        max_latency_ms: Largest time of the int8 engine, in ms; the worst target counts.
 
     Raises:
         ArgumentError: No limit, a limit out of its range, only one of a baseline and a limit that compares with it, or
@@ -127,6 +134,8 @@ def gate_run(
         "max_size": max_size,
         "min_score": min_score,
         "max_score_drop": max_score_drop,
+        "min_speedup": min_speedup,
+        "max_latency_ms": max_latency_ms,
     }
     limits: dict[_Limit, float] = {}
     for name, limit in arguments.items():
@@ -134,10 +143,10 @@ def gate_run(
             limits |= {_Limit(name, part): value for part, value in limit.items()}
         elif limit is not None:
             limits[_Limit(name)] = limit
-    _check_limits(limits, has_baseline=baseline is not None)
+    _check_limits(limits, has_baseline=baseline is not None, has_targets=bool(targets))
 
     run = as_path(run, "run")
-    facts = _RunFacts(run)
+    facts = _RunFacts(run, load_targets(targets))
     if baseline is None:
         checks = guarded(facts.path, lambda: _check_run(limits, facts, None))
         return GateReport(run, None, checks)
@@ -226,14 +235,16 @@ class _RunFacts:
 
     Args:
         run: Run folder, or the file.
+        targets: Results of targets.
 
     Raises:
         ArgumentError: There is no report.
         DataError: The file is not the report of a run.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, targets: Sequence[TargetResult] = ()) -> None:
         self.run = run
+        self.targets = targets
         self.path, content = read_report(run)
         fix = "give the report.json of a run, or run qdq ptq again."
         validate(JudgedSections, content, str(self.path), fix)
@@ -287,6 +298,25 @@ class _RunFacts:
         """SQNR of each output of the result in dB, if there are several; None is infinite."""
         return {entry["name"]: entry["sqnr_db"] for entry in self.result.get("outputs") or ()}
 
+    def times(self, figure: str, title: str) -> dict[str, float]:
+        """A figure of the check of times of each target.
+
+        Raises:
+            DataError: A target has none.
+        """
+        values = {}
+        for target in self.targets:
+            value = target.figure("time", figure)
+            if value is None:
+                check = target.find_check("time")
+                reason = "it has no check of times" if check is None else check["text"]
+                raise DataError(
+                    f"{target.path} has no {title}, and a limit asks for it: {reason}.",
+                    "make the bundle with --with-float, and run verify.sh again.",
+                )
+            values[target.name] = value
+        return values
+
     def sqnr(self) -> float:
         """SQNR of the result, in dB."""
         title = f"finite SQNR of {self.result['name']}"
@@ -309,8 +339,8 @@ class _Limit(NamedTuple):
         return f"{self.name} of {printable(self.part)}" if self.part else self.name
 
 
-def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool) -> None:
-    if not limits:
+def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool, has_targets: bool) -> None:
+    if not limits and not has_targets:
         raise ArgumentError(
             "no limit is given, and without one every run passes.",
             "give --max-drop 0.5, for example.",
@@ -326,6 +356,11 @@ def _check_limits(limits: Mapping[_Limit, float], *, has_baseline: bool) -> None
             )
 
     names = {name.name for name in limits}
+    if names & {"min_speedup", "max_latency_ms"} and not has_targets:
+        raise ArgumentError(
+            "a limit on times is given, but no result of a target.",
+            "give the result.json that verify.sh of the bundle wrote: --target result.json.",
+        )
     if "max_sqnr_drop" in names and not has_baseline:
         raise ArgumentError(
             "max_sqnr_drop is given, but no baseline.", "give one, or use min_sqnr."
@@ -406,7 +441,23 @@ class _Rule:
 def _check_run(
     limits: Mapping[_Limit, float], run: _RunFacts, baseline: _RunFacts | None
 ) -> tuple[GateCheck, ...]:
-    return tuple(_check_limit(name, limit, run, baseline) for name, limit in limits.items())
+    checks = [_check_limit(name, limit, run, baseline) for name, limit in limits.items()]
+    return tuple(checks + [_check_target(target) for target in run.targets])
+
+
+def _check_target(target: TargetResult) -> GateCheck:
+    """No check of a target may have failed, and it must have run."""
+    data = target.data
+    texts = []
+    for check in data["checks"]:
+        if check["status"] == "failed":
+            texts.append(f"{check['name']}: {check['text']}")
+    counts = f"{data['passed']} passed, {data['failed']} failed, {data['not_checked']} not checked"
+    message = "; ".join([f"{target.name}: {data['verdict']}, {counts}", *texts[:_SHOWN_LAYERS]])
+    passed = data["verdict"] == "passed"
+    return GateCheck(
+        "target", 0.0, float(data["failed"]), passed, printable(message, MOST_CHARACTERS)
+    )
 
 
 def _check_limit(
@@ -561,6 +612,20 @@ def _measure_size(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _M
     return _Measured(size, f"the ONNX file has {size:.{digits}f} MB")
 
 
+def _measure_speedup(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    speedups = run.times("speedup", "speedup")
+    slowest = min(speedups, key=speedups.__getitem__)
+    speedup = speedups[slowest]
+    return _Measured(speedup, f"int8 is {speedup:.{digits}f} times as fast as float16 on {slowest}")
+
+
+def _measure_latency(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    latencies = run.times("int8_ms", "time of the int8 engine")
+    slowest = max(latencies, key=latencies.__getitem__)
+    latency = latencies[slowest]
+    return _Measured(latency, f"int8 takes {latency:.{digits}f} ms on {slowest}")
+
+
 _RULES = {
     "max_drop": _Rule(_measure_drop, 0.0, 100.0, " points", is_maximum=True),
     "max_sqnr_drop": _Rule(_measure_sqnr_drop, 0.0, math.inf, " dB", is_maximum=True),
@@ -570,6 +635,8 @@ _RULES = {
     "max_size": _Rule(_measure_size, 0.0, math.inf, " MB", is_maximum=True),
     "min_score": _Rule(_refuse_whole, -math.inf, math.inf),
     "max_score_drop": _Rule(_refuse_whole, 0.0, math.inf, is_maximum=True),
+    "min_speedup": _Rule(_measure_speedup, 0.0, math.inf),
+    "max_latency_ms": _Rule(_measure_latency, 0.0, math.inf, " ms", is_maximum=True),
 }
 
 _PART_MEASURES = {

@@ -433,3 +433,55 @@ def test_needs_no_torch():
         f"sys.exit(gate(Path({str(GOOD)!r}), min_sqnr=('20',)))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+class TestTargets:
+    """Results that `verify.sh` wrote, here by hand."""
+
+    @staticmethod
+    def write(path, speedup=None, int8_ms=2.0, failed=()):
+        figures = {"int8_ms": int8_ms, **({"speedup": speedup} if speedup else {})}
+        status = "passed" if speedup else "not checked"
+        checks = [{"name": "time", "status": status, "text": "no float", "figures": figures}]
+        for name in failed:
+            checks.append({"name": name, "status": "failed", "text": "bad", "figures": {}})
+        keys = ("tensorrt", "compute_capability", "system", "python", "numpy")
+        result = {
+            "format": "qdq result 1",
+            "verdict": "failed" if failed else "passed",
+            "passed": 1,
+            "failed": len(failed),
+            "not_checked": 0,
+            "environment": {**dict.fromkeys(keys, "1"), "gpu": path.stem},
+            "checks": checks,
+        }
+        path.write_text(json.dumps(result))
+        return path
+
+    def test_the_worst_target_counts(self, tmp_path):
+        targets = [self.write(tmp_path / "L4", 1.6), self.write(tmp_path / "Orin", 1.1, 5.0)]
+        assert gate_run(GOOD, targets=targets, min_speedup=1.1, max_latency_ms=5).passed
+        report = gate_run(GOOD, targets=targets, min_speedup=1.11, max_latency_ms=4.99)
+        assert [check.name for check in report.failures] == ["min-speedup", "max-latency-ms"]
+        assert [check.found for check in report.failures] == [1.1, 5.0]
+        assert "on Orin, TensorRT 1; at least 1.11" in report.failures[0].message
+
+    def test_a_failed_check_of_a_target_fails(self, tmp_path, capsys):
+        target = self.write(tmp_path / "L4", 1.6, failed=["census"])
+        code, out, _ = gate(capsys, GOOD, "--target", target, "--min-speedup", 1.5)
+        assert code == 1
+        assert (
+            "FAIL  target: L4, TensorRT 1: failed, 1 passed, 1 failed, 0 not checked; census: bad"
+            in out
+        )
+        assert "1 of 2 limits missed" in out
+
+    def test_a_time_that_was_not_measured_is_an_error(self, tmp_path):
+        target = self.write(tmp_path / "L4")
+        with pytest.raises(DataError, match="has no speedup, and a limit asks for it: no float"):
+            gate_run(GOOD, targets=[target], min_speedup=1.2)
+        assert gate_run(GOOD, targets=[target], max_latency_ms=2).passed
+
+    def test_a_limit_without_a_target_is_an_error(self):
+        with pytest.raises(ArgumentError, match="no result of a target"):
+            gate_run(GOOD, max_latency_ms=2)

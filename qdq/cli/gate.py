@@ -28,6 +28,9 @@ def gate(
     max_size: float | None = None,
     min_score: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
     max_score_drop: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
+    target: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
+    min_speedup: float | None = None,
+    max_latency_ms: float | None = None,
     junit: Path | None = None,
     json: Path | None = None,
 ) -> int:
@@ -54,13 +57,17 @@ def gate(
         min_score: NAME=VALUE: the smallest value of a metric of the task, such as mAP=0.4. May be repeated.
         max_score_drop: NAME=VALUE: the largest loss of a metric against the baseline, or against the run's own float
             model. May be repeated.
+        target: The result.json of one target or several, which verify.sh of the bundle wrote. No check in them may have
+            failed.
+        min_speedup: Smallest time of the float16 engine over that of the int8 engine; the worst target counts.
+        max_latency_ms: Largest time of the int8 engine, in ms; the worst target counts.
         junit: Also write the result to this file, as JUnit XML.
         json: Also write the result to this file.
     """
     from qdq.gate import gate_run
     from qdq.run import guard_command, list_run_files
 
-    inputs = list_run_files(run)
+    inputs = [*list_run_files(run), *target]
     if baseline is not None:
         inputs = [*inputs, *list_run_files(baseline)]
     guard_command(inputs=inputs, outputs=[junit, json])
@@ -76,6 +83,9 @@ def gate(
             max_size=max_size,
             min_score=parse_numbers("--min-score", min_score),
             max_score_drop=parse_numbers("--max-score-drop", max_score_drop),
+            targets=target,
+            min_speedup=min_speedup,
+            max_latency_ms=max_latency_ms,
         )
     except QdqError as error:  # the files of an earlier call must not be taken for this result
         _write_error(run, error, junit, json)

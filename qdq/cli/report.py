@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 def report(
     *runs: Path,
+    target: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
     output: Annotated[Path | None, Parameter(alias="-o")] = None,
     json: Path | None = None,
 ) -> int:
@@ -20,9 +21,11 @@ def report(
 
         qdq report runs/ptq -o page.html
         qdq report runs/mse runs/max -o compare.html
+        qdq report runs/ptq --target l4/result.json orin/result.json
 
     Args:
         runs: One run folder, or several; the first is the reference of the comparison.
+        target: The result.json of one target or several, which verify.sh of the bundle wrote; for one run only.
         output: The page; by default report.html in the run folder for one run, comparison.html in the current folder
             for several.
         json: Also write the contents of the page to this file.
@@ -34,14 +37,18 @@ def report(
 
     if not runs:
         raise ArgumentError("no run was given.", "name one run folder, or several to compare them.")
-    inputs: list[Path] = []
+    if target and len(runs) > 1:
+        raise ArgumentError(
+            "--target is given, and several runs.", "name the run that the bundle was made from."
+        )
+    inputs: list[Path] = [*target]
     for run in runs:
         inputs += list_run_files(run)
     guard_command(inputs=inputs)  # before `_default_page` looks at the inputs
     default_page = _default_page(runs)
     page_file = default_page if output is None else output
     guard_command(inputs=inputs, outputs=[page_file, json], in_place=[(page_file, default_page)])
-    page, content = _render(runs)
+    page, content = _render(runs, target)
     print(printable(write_atomic(page_file, page), MOST_CHARACTERS))
     if json is not None:
         write_json(json, content)
@@ -57,14 +64,18 @@ def _default_page(runs: tuple[Path, ...]) -> Path:
     return folder / PAGE_FILE
 
 
-def _render(runs: tuple[Path, ...]) -> tuple[str, object]:
+def _render(runs: tuple[Path, ...], target: tuple[Path, ...]) -> tuple[str, object]:
     """The page, and its contents for JSON."""
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import load_report
     from qdq.report.page import render_report
+    from qdq.report.targets import load_targets
 
     if len(runs) == 1:
-        loaded = load_report(runs[0])
-        return render_report(loaded), loaded.data
+        loaded, results = load_report(runs[0]), load_targets(target)
+        content = dict(loaded.data)
+        if results:
+            content["targets"] = [result.data for result in results]
+        return render_report(loaded, results), content
     comparison = compare_runs(runs)
     return render_comparison(comparison), comparison

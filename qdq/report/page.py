@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,23 @@ from qdq.report.charts import (
 )
 from qdq.report.load import StoredReport, guarded
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
+from qdq.report.targets import TargetResult, list_target_rows
 from qdq.report.wording import format_decibels, format_number, format_percent, format_state
 from qdq.statistics.show import load_templates
 from qdq.text import printable
 
 
-def render_report(report: StoredReport) -> str:
+def render_report(report: StoredReport, targets: Sequence[TargetResult] = ()) -> str:
     """Render the page of one run.
 
     Args:
         report: From `load_report` or `parse_report`.
+        targets: Results of its bundle, from `load_targets`; a column each.
 
     Raises:
         DataError: A field is missing or has another form.
     """
-    return guarded(report.path, lambda: render("run.html", **_view(report)))
+    return guarded(report.path, lambda: render("run.html", **_view(report, targets)))
 
 
 def render(template: str, **values: Any) -> str:
@@ -186,7 +189,7 @@ def int8_fraction(report: StoredReport) -> float | None:
     return fraction
 
 
-def _view(report: StoredReport) -> dict[str, Any]:
+def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, Any]:
     """The variables of the template."""
     data = report.data
     unit = unit_of_gain(report)
@@ -210,6 +213,8 @@ def _view(report: StoredReport) -> dict[str, Any]:
         "details": [list_details(layer, unit) for layer in report.layers],
         "census": list_census(data["build"]["layers"]),
         "skipped": list_skipped(report),
+        "targets": [target.name for target in targets],
+        "target_rows": list_target_rows(targets),
         "commands": list_commands(report),
     }
 

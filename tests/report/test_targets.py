@@ -1,0 +1,105 @@
+"""Results of targets in the page of a run."""
+
+import json
+
+import pytest
+from made_report import make_report
+
+import qdq
+from qdq.cli.main import main
+from qdq.report.load import parse_report
+from qdq.report.page import render_report
+from qdq.report.targets import list_target_rows, load_targets
+from qdq.report.wording import NOTHING
+
+
+def write_result(path, gpu, checks, verdict="passed"):
+    counts = {}
+    for status in ("passed", "failed", "not checked"):
+        counts[status.replace(" ", "_")] = sum(check["status"] == status for check in checks)
+    environment = {
+        "tensorrt": "10.3.0",
+        "gpu": gpu,
+        "compute_capability": "8.9",
+        "system": "Linux",
+        "python": "none",
+        "numpy": "none",
+    }
+    result = {"format": "qdq result 1", "verdict": verdict, **counts, "environment": environment}
+    path.write_text(json.dumps({**result, "checks": checks}))
+    return path
+
+
+def make_check(name, status="passed", text="fine", **figures):
+    return {"name": name, "status": status, "text": text, "figures": figures}
+
+
+@pytest.fixture
+def two_targets(tmp_path):
+    time = make_check("time", int8_ms=1.25, float_ms=2.5, speedup=2.0)
+    census = make_check("census", "failed", "3 of 4 in int8; <b>conv2</b>")
+    unread = make_check("time", "not checked", "int8 takes 3 ms; no float network", int8_ms=3)
+    return [
+        write_result(tmp_path / "l4.json", "NVIDIA L4", [time]),
+        write_result(tmp_path / "orin.json", "Orin", [census, unread], "failed"),
+    ]
+
+
+def test_one_column_for_each_target(two_targets):
+    targets = load_targets(two_targets)
+    names = [target.name for target in targets]
+    assert names == ["NVIDIA L4, TensorRT 10.3.0", "Orin, TensorRT 10.3.0"]
+    rows = {row.name: row.cells for row in list_target_rows(targets)}
+    assert [cell.text for cell in rows["verdict"]] == ["passed", "failed"]
+    assert [cell.text for cell in rows["int8, ms"]] == ["1.25", "3"]
+    assert [cell.text for cell in rows["speedup"]] == ["2", NOTHING]
+    assert rows["speedup"][1].note == "int8 takes 3 ms; no float network"
+    assert [cell.is_bad for cell in rows["census"]] == [False, True]
+    assert rows["census"][0].note == "not among the checks of this target"
+
+
+def test_the_page_shows_them(two_targets, tmp_path):
+    report = parse_report(make_report(["conv1", "conv2"]), tmp_path / "report.json")
+    assert 'id="target"' not in render_report(report)
+    page = render_report(report, load_targets(two_targets))
+    assert page.count("NVIDIA L4, TensorRT 10.3.0") == 1
+    assert "&lt;b&gt;conv2" in page
+    assert "<b>conv2" not in page
+
+
+def test_the_command(two_targets, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report.json").write_text(json.dumps(make_report(["conv1", "conv2"])))
+    page, content = tmp_path / "page.html", tmp_path / "page.json"
+    files = [*map(str, two_targets), "-o", str(page), "--json", str(content)]
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(run), "--target", *files])
+    assert exit.value.code == 0
+    assert 'id="target"' in page.read_text()
+    assert len(json.loads(content.read_text())["targets"]) == 2
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(run), str(run), "--target", *files])
+    assert exit.value.code == 2
+    assert "--target is given, and several runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "qdq result 9"}, "its format is 'qdq result 9'"),
+        ({"verdict": "fine"}, "verdict"),
+        ({"checks": [{"name": "time"}]}, "checks"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, change, message):
+    path = write_result(tmp_path / "r.json", "L4", [])
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(qdq.DataError, match=message):
+        load_targets([path])
+
+
+def test_a_file_that_is_no_result(tmp_path):
+    (tmp_path / "r.json").write_text("[1]")
+    with pytest.raises(qdq.DataError, match="is not the result of a target: its format is null"):
+        load_targets([tmp_path / "r.json"])
