@@ -17,6 +17,7 @@ _HOMES = {
     "analyze": ("Analysis", "analyze_layers"),
     "batch": ("Labelled",),
     "build": ("BuildReport", "build_engine"),
+    "bundle": ("BundleReport", "make_bundle"),
     "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),
     "calibrate.collect": ("collect_statistics",),
     "check": ("CheckReport", "check_onnx"),

@@ -12,6 +12,8 @@ from qdq.analyze import analyze_layers as analyze_layers
 from qdq.batch import Labelled as Labelled
 from qdq.build import BuildReport as BuildReport
 from qdq.build import build_engine as build_engine
+from qdq.bundle import BundleReport as BundleReport
+from qdq.bundle import make_bundle as make_bundle
 from qdq.calibrate import Calibration as Calibration
 from qdq.calibrate import calibrate_model as calibrate_model
 from qdq.calibrate import solve_ranges as solve_ranges

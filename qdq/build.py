@@ -16,6 +16,7 @@ from qdq.check.rules import choose_rules, find_violations
 from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
 from qdq.files import as_path, guard_files, write_atomic
 from qdq.graph.coverage import Coverage, list_work_nodes, measure_coverage
+from qdq.graph.names import name_unnamed
 from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
 from qdq.trt.backend import DEFAULT_SM, Backend, find_backend
@@ -191,7 +192,7 @@ def build_engine(
         onnx_path,
         target_engine,
         profiles,
-        half=has_float16(model),
+        half=has_type(model, ir.DataType.FLOAT16),
         opset=model.opset_imports.get("", 0),
     )
     chosen_backend = _find_backend(backend, commands)
@@ -248,9 +249,7 @@ def _load(path: Path) -> tuple[ir.Model, FileFacts]:
             finding.fix,
         )
     _refuse_without_verdict(path, facts.checker)
-    for node in loaded.model.graph:
-        if not node.name and node.outputs:
-            node.name = f"node_of_{node.outputs[0].name}"
+    name_unnamed(loaded.model)
     return loaded.model, facts
 
 
@@ -337,12 +336,12 @@ def _is_constant(value: ir.Value | None) -> bool:
     return True
 
 
-def has_float16(model: ir.Model) -> bool:
-    """Whether a constant or a result of the main graph is float16."""
+def has_type(model: ir.Model, dtype: ir.DataType) -> bool:
+    """Whether a constant or a result of the main graph is of a type."""
     values = list(model.graph.initializers.values())
     for node in model.graph:
         values.extend(node.outputs)
-    return any(value.dtype == ir.DataType.FLOAT16 for value in values)
+    return any(value.dtype == dtype for value in values)
 
 
 def _choose_engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:

@@ -394,6 +394,15 @@ REFUSED = [
     ("build model.onnx --json model.rtx.engine", TWICE),
     ("build split.onnx -o weights.bin", READ),
     ("build fifo", "it is a FIFO"),
+    # bundle
+    ("bundle run -o new --json run/model.onnx", READ),
+    ("bundle model.onnx -o new --json model.onnx", READ),
+    ("bundle model.onnx -o new --inputs hard.onnx --json model.onnx", READ),
+    ("bundle split.onnx -o new --json weights.bin", READ),
+    ("bundle model.onnx -o new --json run/report.json", OF_A_RUN),
+    ("bundle run -o run", "holds files and is not a bundle"),
+    ("bundle model.onnx -o model.onnx", "is not a folder"),
+    ("bundle fifo -o new", "it is a FIFO"),
     # calibrate
     ("calibrate show calibration.safetensors --json calibration.safetensors", READ),
     ("calibrate show calibration.safetensors --plots new --json new", TWICE),

@@ -43,6 +43,7 @@ WRITTEN = [
     "model.onnx",
     "model.rtx.engine",
     "plan.yaml",
+    "references.safetensors",
     "report.html",
     "report.json",
     "report.txt",

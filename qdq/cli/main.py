@@ -62,6 +62,7 @@ def make_app() -> cyclopts.App:
     """The app with all subcommands; each of them imports its stage when it is called."""
     from qdq.cli import calibrate
     from qdq.cli.build import build
+    from qdq.cli.bundle import bundle
     from qdq.cli.check import check
     from qdq.cli.env import env
     from qdq.cli.eval import evaluate_files
@@ -85,6 +86,7 @@ def make_app() -> cyclopts.App:
         "calibrate": statistics,
         "check": check,
         "build": build,
+        "bundle": bundle,
         "eval": evaluate_files,
         "report": report,
         "explain": explain,

@@ -21,6 +21,13 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node that torch.onnx writes: the names of the modules around it, then its own name."""
 
 
+def name_unnamed(model: ir.Model) -> None:
+    """Give nodes of the main graph without a name the one that TensorRT's parser gives them."""
+    for node in model.graph:
+        if not node.name and node.outputs:
+            node.name = f"node_of_{node.outputs[0].name}"
+
+
 @dataclass(frozen=True)
 class QuantizerScale:
     """A quantizer and its scale.

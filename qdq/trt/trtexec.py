@@ -48,7 +48,7 @@ class Pair:
     Args:
         inputs: Input name -> raw file: little-endian bytes in C order, of the type of the input, no header.
         references: Output name -> likewise.
-        shapes: Input name -> its sizes.
+        shapes: Dynamic input -> its sizes. trtexec refuses shapes of other inputs.
     """
 
     inputs: Mapping[str, Path]
@@ -139,7 +139,7 @@ def run_flags(engine: Path, pair: Pair, outputs: Path, version: Version) -> list
     """
     flags = [
         f"--loadEngine={engine}",
-        f"--shapes={_join_shapes(pair.shapes)}",
+        *_list_shape_flags(pair),
         f"--loadInputs={_join_files(pair.inputs)}",
         f"--exportOutput={outputs}",
         *_RUN_ONCE_FLAGS,
@@ -159,7 +159,7 @@ def reference_flags(
         most_l2: The mean squared difference at which the check fails, above 0.
         version: Major and minor version of TensorRT.
     """
-    flags = [f"--loadEngine={engine}", f"--shapes={_join_shapes(pairs[0].shapes)}"]
+    flags = [f"--loadEngine={engine}", *_list_shape_flags(pairs[0])]
     for number, pair in enumerate(pairs):
         if len(pairs) > 1:  # trtexec refuses a single --refPair
             flags.append(f"--refPair={number}")
@@ -178,6 +178,11 @@ def _list_profile_flags(profiles: Mapping[str, Profile]) -> list[str]:
         shapes = {name: profile[kind] for name, profile in profiles.items()}
         flags.append(f"--{kind}Shapes={_join_shapes(shapes)}")
     return flags
+
+
+def _list_shape_flags(pair: Pair) -> list[str]:
+    """`--shapes=x:1x3x224x224`, nothing for static inputs."""
+    return [f"--shapes={_join_shapes(pair.shapes)}"] if pair.shapes else []
 
 
 def _join_shapes(shapes: Mapping[str, Shape]) -> str:

@@ -1,0 +1,155 @@
+"""The trtexec commands of a bundle, as a shell file that `verify.sh` reads."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qdq.bundle.models import FLOAT, HALF_FLOAT, HALF_MODEL, MODEL
+from qdq.trt.flags import HALF_SCALES, HIGHEST_OPSET_OF_8, REFERENCES, STRONG_TYPES, Version
+from qdq.trt.profiles import Profile
+from qdq.trt.trtexec import Pair, build_flags, reference_flags, run_flags
+
+RESULTS = Path("results")
+"""The folder on the target that gets what trtexec writes."""
+
+INT8_ENGINE, FLOAT_ENGINE = RESULTS / "int8.plan", RESULTS / "float.plan"
+
+_RELEASES: Mapping[str, Version] = {
+    "8.6": (8, 6),
+    "10": (10, 0),
+    "11.0": STRONG_TYPES,
+    "11.1": REFERENCES,
+}
+"""Name of a release in the shell file -> the oldest version that it serves."""
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What the commands depend on.
+
+    Args:
+        opsets: Name of each ONNX file -> its opset.
+        profiles: Dynamic input -> `min`, `opt` and `max` shape.
+        pairs: The files of each pair.
+        most_l2: Output name -> the mean squared difference at which trtexec shall fail.
+        has_long_inputs: Whether an input is int64.
+    """
+
+    opsets: Mapping[str, int]
+    profiles: Mapping[str, Profile]
+    pairs: Sequence[Pair]
+    most_l2: Mapping[str, float]
+    has_long_inputs: bool
+
+
+def write_commands(facts: BundleFacts) -> str:
+    """The text of `commands.sh`.
+
+    It sets `releases` and the numbers of pairs and outputs. Of its functions, `name_output NUMBER` prints a name,
+    `refuse RELEASE` why a release cannot be used, `has_step RELEASE STEP` says whether there is a command, and
+    `run_step RELEASE STEP` runs it.
+    """
+    lines = [
+        "# Made by qdq from its table of the flags that each trtexec takes; verify.sh reads it.",
+        f"releases={shlex.quote(_join_versions())}",
+        f"pairs={len(facts.pairs)}",
+        f"outputs={len(facts.most_l2)}",
+        "",
+        "name_output() {",
+        '  case "$1" in',
+        *(_case(str(i), f"echo {shlex.quote(name)}") for i, name in enumerate(facts.most_l2)),
+        "  esac",
+        "}",
+        "",
+        "refuse() {",
+        '  case "$1" in',
+        *_list_refusals(facts),
+        "  esac",
+        "}",
+        "",
+        "run_step() {",
+        '  case "$1 $2" in',
+    ]
+    patterns = []
+    for name, version in _RELEASES.items():
+        if _find_refusal(facts, version):
+            continue
+        for step, flags in _list_steps(facts, version).items():
+            pattern = shlex.quote(f"{name} {step}")
+            patterns.append(pattern)
+            lines.append(_case(pattern, f'"$trtexec" {shlex.join(flags)}'))
+    lines += ["  esac", "}", "", "has_step() {", '  case "$1 $2" in']
+    lines += [_case(pattern, "return 0") for pattern in patterns]
+    return "\n".join([*lines, "  esac", "  return 1", "}", ""])
+
+
+def _case(pattern: str, command: str) -> str:
+    return f"    {pattern}) {command} ;;"
+
+
+def _join_versions() -> str:
+    """`80600:8.6 100000:10 ...`: the oldest version of each release as one number, newest last."""
+    parts = []
+    for name, (major, minor) in _RELEASES.items():
+        parts.append(f"{10000 * major + 100 * minor}:{name}")
+    return " ".join(parts)
+
+
+def _list_refusals(facts: BundleFacts) -> list[str]:
+    lines = []
+    for name, version in _RELEASES.items():
+        reason = _find_refusal(facts, version)
+        if reason:
+            lines.append(_case(name, f"echo {shlex.quote(reason)}"))
+    return lines or ["    *) ;;"]
+
+
+def _find_refusal(facts: BundleFacts, version: Version) -> str:
+    """Why a version cannot build the files of a bundle; empty if it can."""
+    if version >= HALF_SCALES:
+        return ""
+    if MODEL not in facts.opsets:
+        return (
+            "TensorRT 8.6 has no float16 scales; make the bundle from a run with --precision fp32."
+        )
+    if facts.opsets[MODEL] > HIGHEST_OPSET_OF_8:
+        return (
+            f"TensorRT 8.6 reads Q/DQ up to opset {HIGHEST_OPSET_OF_8}, and {MODEL} has opset "
+            f"{facts.opsets[MODEL]}, because an older one cannot express it."
+        )
+    if facts.has_long_inputs:
+        return "TensorRT 8.6 takes int64 inputs as int32, and the files in inputs/ are int64."
+    return ""
+
+
+def _list_steps(facts: BundleFacts, version: Version) -> dict[str, list[str]]:
+    """Name of a step -> the flags of its command."""
+    half = HALF_MODEL in facts.opsets and (version >= STRONG_TYPES or MODEL not in facts.opsets)
+    model = HALF_MODEL if half else MODEL
+    unquantized = HALF_FLOAT if half else FLOAT
+    steps = {"int8": build_flags(Path(model), INT8_ENGINE, facts.profiles, version, half=half)}
+    if unquantized in facts.opsets:
+        steps["float"] = build_flags(
+            Path(unquantized), FLOAT_ENGINE, facts.profiles, version, half=half
+        )
+    for number, pair in enumerate(facts.pairs):
+        path = RESULTS / f"outputs.{number}.json"
+        steps[f"outputs.{number}"] = run_flags(INT8_ENGINE, pair, path, version)
+    if version < REFERENCES:
+        return steps
+    for position, (output, most_l2) in enumerate(facts.most_l2.items()):
+        for shape_number, group in enumerate(_group_by_shape(facts.pairs)):
+            step = f"references.{position}.{shape_number}"
+            steps[step] = reference_flags(INT8_ENGINE, group, output, most_l2, version)
+    return steps
+
+
+def _group_by_shape(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Pairs of the same shapes, which one call of trtexec can run."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(str(sorted(pair.shapes.items())), []).append(pair)
+    return list(groups.values())

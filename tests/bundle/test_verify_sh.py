@@ -1,0 +1,128 @@
+"""verify.sh with a stand-in for trtexec. `tools/verify_bundles.py` runs every fault on every version."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import stand_in_trtexec as stand_in
+from small_bundle import (
+    FAULTS,
+    VERSIONS,
+    damage,
+    is_named,
+    read_checks,
+    verify,
+    write_tools,
+    write_trtexec,
+)
+
+SHELLS = ("dash", "bash", "dash", "bash", "dash")
+# One fault of each kind of evidence: numbers of the engine, what was written, layers, times, build, files.
+TRIED = {
+    "8.6.1": "missing_relu",
+    "10.3.0": "float_engine",
+    "10.16.0": "slower_than_float",
+    "11.0.0": "no_engine",
+    "11.1.0": "scale_times_two",
+}
+
+
+def find_shell(name):
+    if shutil.which(name) is None:
+        pytest.skip(f"there is no {name}")
+    return name
+
+
+@pytest.mark.parametrize(("version", "shell"), list(zip(VERSIONS, SHELLS, strict=True)))
+def test_a_sound_engine_passes(bundle, tmp_path, version, shell):
+    trtexec = write_trtexec(tmp_path, version)
+    process = verify(bundle, trtexec, "--gpu", "pretended gpu", shell=find_shell(shell), seed=1)
+    assert process.returncode == 0, process.stdout + process.stderr
+    result = json.loads((bundle / "result.json").read_text())
+    assert result["format"] == "qdq result 1"
+    assert result["environment"]["tensorrt"] == version
+    assert result["environment"]["gpu"] == "NVIDIA Pretended GPU"
+    checks = read_checks(bundle)
+    expected = {"files", "build int8", "build float", "numbers a", "numbers b", "census", "profile"}
+    expected |= {"gpu", "time"}
+    if version == "11.1.0":
+        expected |= {"references a", "references b"}
+    assert checks.keys() == expected
+    assert {status for status, _ in checks.values()} == {"passed"}
+    assert f"passed: {len(expected)} passed, 0 failed, 0 not checked" in process.stdout
+    (time,) = (check for check in result["checks"] if check["name"] == "time")
+    assert time["figures"]["speedup"] == pytest.approx(0.082 / 0.042, rel=0.03)
+
+
+@pytest.mark.parametrize(("version", "fault"), TRIED.items())
+def test_a_fault_is_caught_and_named(bundle, tmp_path, version, fault):
+    process = verify(bundle, write_trtexec(tmp_path, version), "--gpu=Orin", fault=fault)
+    assert process.returncode == 1, process.stdout
+    assert is_named(bundle, fault), process.stdout
+    if version == "11.1.0":
+        status, text = read_checks(bundle)["references a"]
+        assert status == "failed"
+        assert "trtexec finds a mean squared difference of 0." in text
+    if fault != "no_engine":  # which says nothing of the GPU
+        text = "this GPU is NVIDIA Pretended GPU, and --gpu asks for Orin"
+        assert read_checks(bundle)["gpu"] == ("failed", text)
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name].file])
+def test_a_damaged_bundle_is_named(bundle, tmp_path, fault):
+    damage(bundle, fault)
+    # the build fails at once, so this is fast
+    process = verify(bundle, write_trtexec(tmp_path, "11.1.0"), fault="build_crash")
+    assert process.returncode == 1
+    assert is_named(bundle, fault), process.stdout
+    assert is_named(bundle, "build_crash")
+
+
+def test_without_python_the_rest_is_said_to_be_not_checked(bundle, tmp_path):
+    (tmp_path / "tools").mkdir()
+    tools = write_tools(tmp_path / "tools")
+    process = verify(bundle, write_trtexec(tmp_path, "11.1.0"), path=tools)
+    assert process.returncode == 0, process.stdout + process.stderr
+    checks = read_checks(bundle)
+    assert {name: status for name, (status, _) in checks.items()} == {
+        **dict.fromkeys(["files", "build int8", "build float", "references a"], "passed"),
+        **dict.fromkeys(["references b", "time"], "passed"),
+        **dict.fromkeys(["numbers", "census"], "not checked"),
+    }
+    assert "needs python3" in checks["census"][1]
+
+
+def test_an_earlier_result_is_not_taken_for_this_one(bundle, tmp_path):
+    (bundle / "results").mkdir()
+    (bundle / "result.json").write_text("{}")
+    for number in range(2):
+        outputs = {}
+        for position, name in enumerate("ab"):
+            outputs[name] = np.load(bundle / f"references/{number}.{position}.{name}.npy")
+        stand_in.write_outputs(outputs, bundle / f"results/outputs.{number}.json")
+    assert verify(bundle, write_trtexec(tmp_path, "10.3.0"), fault="no_outputs").returncode == 1
+    assert is_named(bundle, "no_outputs")
+    assert verify(bundle, tmp_path / "missing").returncode == 2
+    assert read_checks(bundle)["everything"][0] == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("8.5.3", "TensorRT 8.5.3 is older than 8.6"), ("", "does not print a version of TensorRT")],
+)
+def test_what_cannot_run_is_said(bundle, tmp_path, version, reason):
+    program = tmp_path / "trtexec"
+    number = version.replace(".", "0") and "8503"
+    program.write_text(f"#!/bin/sh\necho '&&&& RUNNING TensorRT.trtexec [TensorRT v{number}] #'\n")
+    program.chmod(0o755)
+    process = verify(bundle, program)
+    assert process.returncode == 2
+    assert reason in process.stderr
+    assert json.loads((bundle / "result.json").read_text())["verdict"] == "could not run"
+
+
+def test_wrong_arguments(bundle, tmp_path):
+    process = verify(bundle, tmp_path / "trtexec", "--precision", "int8")
+    assert process.returncode == 2
+    assert "unknown argument: --precision" in process.stderr
