@@ -34,3 +34,13 @@ def test_the_two_names_of_the_default_domain_are_equal():
     proto = onnx.parser.parse_model(TEXT)
     proto.opset_import[0].domain = "ai.onnx"
     assert lost_fields_of(proto) == []
+
+
+def test_shapes_that_are_added_or_of_nothing_are_no_loss():
+    """Shape inference writes those of results, onnx-ir those of constants as well. Quantizers leave some behind."""
+    text = TEXT.replace("y = Add (x, w)", "t = Add (x, w) y = Relu (t)")
+    proto = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    assert [value.name for value in proto.graph.value_info] == ["t"]
+    assert lost_fields_of(proto) == []
+    proto.graph.value_info.add(name="nowhere")
+    assert lost_fields_of(proto) == []
