@@ -47,7 +47,7 @@ class SampleBatches:
         """Number of samples in all batches."""
         return sum(map(count_samples, self.batches))
 
-    def subset(self, n: int) -> SampleBatches:
+    def subset(self, n: int) -> Self:
         """The first `n` samples, or all if there are fewer; the last batch is cut.
 
         Raises:
@@ -87,6 +87,14 @@ class SampleBatches:
         labels = None if self.labels is None else self.labels[n:]
         description = _describe_rest(n, self.description)
         return replace(self, batches=batches, labels=labels, description=description)
+
+    def hold_out(self, n: int) -> tuple[Self, Self]:
+        """All samples but the first `n`, and these.
+
+        Args:
+            n: At least 1, and fewer than there are.
+        """
+        return self.without_first(n), self.subset(n)
 
 
 class Items(Protocol):
@@ -160,6 +168,14 @@ class DrawnBatches:
         """
         description = _describe_rest(n, self.description)
         return replace(self, indices=self.indices[n:], description=description)
+
+    def hold_out(self, n: int) -> tuple[Self, Self]:
+        """All items but the first `n`, and these.
+
+        Args:
+            n: At least 1, and fewer than there are.
+        """
+        return self.without_first(n), self.subset(n)
 
     def load_items(self) -> Iterator[list[Any]]:
         """The items of each batch."""

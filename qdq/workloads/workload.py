@@ -38,6 +38,9 @@ class Samples(Protocol):
     def subset(self, n: int, /) -> Samples:
         """The first `n` samples."""
 
+    def hold_out(self, n: int, /) -> tuple[Samples, Samples]:
+        """Samples to fit on, and about `n` others to judge on; no photograph or other source is in both."""
+
     @property
     def num_samples(self) -> int:
         """Number of samples in all batches."""
@@ -148,6 +151,12 @@ class Workload:
     def num_held_out(self) -> int:
         """How many of the first samples of `calibration` are not fine-tuned on, so that they measure it."""
         return min(_MOST_HELD_OUT, max(self.calibration.num_samples // 2, 1))
+
+    def hold_out(self) -> tuple[Samples, Samples]:
+        """Calibration samples to fit on, and others to judge on; a single sample is both."""
+        if self.calibration.num_samples == 1:
+            return self.calibration, self.calibration
+        return self.calibration.hold_out(self.num_held_out)
 
     @property
     def view(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ class ImageBatches:
         num_images: N.
         description: Source, number and seed, for the report.
         label_note: How the labels were found, or why there are none.
+        num_photographs: If the images are crops: how many photographs they are of, in turn. None: each is its own.
 
     Raises:
         ArgumentError: `batch_size` is below 1.
@@ -56,6 +57,7 @@ class ImageBatches:
     num_images: int
     description: str
     label_note: str
+    num_photographs: int | None = None
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size)
@@ -89,6 +91,46 @@ class ImageBatches:
         description = f"the first {n} of: {self.description}"
         return replace(self, labels=labels, num_images=n, description=description)
 
+    def hold_out(self, n: int) -> tuple[ImageBatches, ImageBatches]:
+        """Images to fit on, and others to judge on.
+
+        Args:
+            n: At least 1, and fewer than there are.
+
+        Returns:
+            All images but the first `n`, and these. Of crops, those of a quarter of the photographs, or of one, are
+            held out: other crops of a photograph would judge too well.
+        """
+        count = min(self.num_photographs or 1, self.num_images)
+        if count == 1:
+            indices = range(n, self.num_images)
+            return self._select(indices, f"all but the first {n}"), self.subset(n)
+        num_held = max(count // 4, 1)
+        held = [index for index in range(self.num_images) if index % count < num_held]
+        rest = [index for index in range(self.num_images) if index % count >= num_held]
+        first = f"the first {num_held} photographs"
+        return (
+            self._select(rest, f"{len(rest)} images, without {first}"),
+            self._select(held, f"{len(held)} images, of {first} only"),
+        )
+
+    def _select(self, indices: Sequence[int], words: str) -> ImageBatches:
+        """Some of the images.
+
+        Args:
+            indices: Their numbers.
+            words: Which ones, for the report.
+        """
+        labels = None if self.labels is None else [self.labels[index] for index in indices]
+        return replace(
+            self,
+            images=_SelectedImages(self.images, indices),
+            labels=labels,
+            num_images=len(indices),
+            description=f"{words}, of: {self.description}",
+            num_photographs=None,
+        )
+
 
 def cache_images(load: Callable[[int], Tensor], count: int, preprocess: Preprocess) -> Images:
     """Preprocess images now if they fit in CACHE_BYTES, otherwise again in every pass.
@@ -118,6 +160,17 @@ class _LazyImages:
             for position, image in enumerate(pool.map(self._load, indices)):
                 stacked[position] = image
         return stacked
+
+
+class _SelectedImages:
+    """Some images of a set, by their numbers."""
+
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self._images = images
+        self._indices = indices
+
+    def __getitem__(self, part: slice, /) -> Tensor:
+        return torch.cat([self._images[index : index + 1] for index in self._indices[part]])
 
 
 @dataclass(frozen=True, eq=False)

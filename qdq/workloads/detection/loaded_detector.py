@@ -85,6 +85,15 @@ class DetectorInputs:
         """
         return DetectorInputs(self.detector, self.pictures.subset(n))
 
+    def hold_out(self, n: int) -> tuple[DetectorInputs, DetectorInputs]:
+        """All images but the first `n`, and these.
+
+        Args:
+            n: At least 1, and fewer than there are.
+        """
+        rest, first = self.pictures.hold_out(n)
+        return DetectorInputs(self.detector, rest), DetectorInputs(self.detector, first)
+
 
 def make_score(
     detector: LoadedDetector, pictures: PictureBatches, names: Sequence[str]
