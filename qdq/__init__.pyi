@@ -47,6 +47,8 @@ from qdq.fold import fold_batchnorm as fold_batchnorm
 from qdq.formats import Format as Format
 from qdq.gate import GateReport as GateReport
 from qdq.gate import gate_run as gate_run
+from qdq.judge import Judge as Judge
+from qdq.judge import JudgedSteps as JudgedSteps
 from qdq.nn import register_module as register_module
 from qdq.plan import Plan as Plan
 from qdq.plan import apply_plan as apply_plan
@@ -70,6 +72,7 @@ from qdq.range_files import RangeExport as RangeExport
 from qdq.range_files import RangeImport as RangeImport
 from qdq.range_files import export_ranges as export_ranges
 from qdq.range_files import import_ranges as import_ranges
+from qdq.recover import recover_accuracy as recover_accuracy
 from qdq.references import save_references as save_references
 from qdq.report import write_report as write_report
 from qdq.report.compare import compare_runs as compare_runs

@@ -114,7 +114,7 @@ def redoing_passes(model: nn.Module) -> Iterator[None]:
     if not list_passes(model):
         yield
         return
-    former = _Snapshot(model)
+    former = Snapshot(model)
     passes = undo_passes(model)
     try:
         yield
@@ -133,7 +133,7 @@ def undoing_passes(model: nn.Module) -> Iterator[list[AccuracyPass]]:
     Args:
         model: The model.
     """
-    former = _Snapshot(model)
+    former = Snapshot(model)
     passes = undo_passes(model)
     try:
         yield passes
@@ -142,7 +142,7 @@ def undoing_passes(model: nn.Module) -> Iterator[list[AccuracyPass]]:
         raise
 
 
-class _Snapshot:
+class Snapshot:
     """The weights and biases that passes gave a model, and these passes.
 
     Args:

@@ -31,6 +31,7 @@ def ptq(
     eval_images: PositiveInt = 500,
     analysis_images: PositiveInt = 32,
     analysis: AnalysisOptions = AnalysisOptions(),
+    accuracy: Literal["fast", "balanced"] = "fast",
     precision: Literal["fp32", "fp16"] = "fp32",
     batch_size: PositiveInt = 16,
     image_size: PositiveInt | None = None,
@@ -61,6 +62,8 @@ def ptq(
         eval_images: Images, or other samples, to evaluate on.
         analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
+        accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
+            also rounds weights for their outputs. What does not help on held-out calibration samples is undone.
         precision: Type of the float layers in the exported file.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
@@ -95,6 +98,7 @@ def ptq(
     )
     net = workload.module
     calibration, samples, view = workload.calibration, workload.evaluation, workload.view
+    fitted, held_out = workload.hold_out()
     check_layers(
         workload,
         exclude=exclude,
@@ -112,6 +116,7 @@ def ptq(
     outputs, scores = {}, {}
     outputs["float"] = qdq.predict(net, samples, **view)
     scores["float"] = workload.measure(net)
+    judge = qdq.Judge(net, held_out, **view, weights=workload.output_weights)
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
@@ -124,11 +129,12 @@ def ptq(
     )
     outputs["all int8"] = qdq.predict(net, samples, **view)
     scores["all int8"] = workload.measure(net)
+    judge.measure("calibrated, all int8", net)
 
     run.stage("analyze")
     analysis_result = qdq.analyze_layers(
         net,
-        calibration.subset(analysis_images),
+        fitted.subset(analysis_images),
         pinned=pinned,
         path=run.journal_file,
         **view,
@@ -136,6 +142,17 @@ def ptq(
         **analysis_options,
     )
     qdq.save_plan(analysis_result.plan, run.plan_file)
+    judge.measure(f"float layers: {len(analysis_result.float_layers)}", net)
+
+    run.stage("recover accuracy")
+    steps = qdq.recover_accuracy(
+        net,
+        fitted.subset(64),
+        judge,
+        effort=accuracy,
+        refit=calibration.subset(64),
+        **view,
+    )
     outputs["mixed"] = qdq.predict(net, samples, **view)
     scores["mixed"] = workload.measure(net)
 
@@ -184,6 +201,7 @@ def ptq(
         check=check,
         build=build,
         evaluation=evaluation,
+        steps=steps,
     )
     return report.exit_code
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qdq.evaluate import Evaluation
     from qdq.export import ExportReport
     from qdq.fold import FoldedPair
+    from qdq.judge import JudgedSteps
     from qdq.report.records import LayerRecord
     from qdq.rewire import RewirePlan
     from qdq.swap import SwapPlan
@@ -127,6 +128,7 @@ class _StageResults:
     build: BuildReport
     evaluation: Evaluation
     tuning: TuningResult | None
+    steps: JudgedSteps | None
 
 
 def write_report(
@@ -143,6 +145,7 @@ def write_report(
     evaluation: Evaluation,
     *,
     tuning: TuningResult | None = None,
+    steps: JudgedSteps | None = None,
 ) -> Report:
     """Write `report.json`, `report.html` and `report.txt` into the run folder, print the text and close the run.
 
@@ -161,10 +164,11 @@ def write_report(
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, if there was any.
+        steps: From `recover_accuracy`: what every step was worth.
     """
     run.stage("report")
     results = _StageResults(
-        folded, plan, rewired, ranges, analysis, exported, check, build, evaluation, tuning
+        folded, plan, rewired, ranges, analysis, exported, check, build, evaluation, tuning, steps
     )
     layers = _describe_layers(run, workload, results)
     sections = _collect_sections(run, workload, results, layers)
@@ -224,6 +228,7 @@ def _collect_sections(
         "findings": _list_findings(results),
         "evaluation": results.evaluation,
         "analysis": results.analysis,
+        "steps": results.steps,
         "fold": results.folded,
         "swap": results.plan,
         "rewire": results.rewired,
@@ -320,6 +325,8 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
         "Functions": printable_results.rewired.format_table(),
         "Sensitivity": printable_results.analysis.format_table(),
     }
+    if printable_results.steps is not None:
+        blocks["Steps"] = printable_results.steps.format_table()
     if printable_results.tuning is not None:
         blocks["Fine-tuning"] = printable_results.tuning.format_table()
     blocks |= {

@@ -204,6 +204,8 @@ def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, An
         "bars": draw_bars(report),
         "output_states": _list_output_states(data["analysis"]),
         "curve": draw_curve(report),
+        "steps": data.get("steps"),
+        "step_changes": _list_changes(data.get("steps")),
         "tuning": data.get("tuning"),
         "tuning_curves": draw_tuning(report),
         "network": draw_network(report.layers),
@@ -217,6 +219,19 @@ def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, An
         "target_rows": list_target_rows(targets),
         "commands": list_commands(report),
     }
+
+
+def _list_changes(steps: dict[str, Any] | None) -> list[float | None]:
+    """For each step, the change of the SQNR since the last one that was not undone, in dB; None for the first."""
+    changes: list[float | None] = []
+    former = None
+    for step in steps["steps"] if steps else ():
+        decibels = step["sqnr_db"]
+        is_known = former is not None and decibels is not None
+        changes.append(decibels - former if is_known else None)
+        if not step["is_undone"]:
+            former = decibels
+    return changes
 
 
 def _list_output_states(analysis: dict[str, Any]) -> list[tuple[str, dict[str, float | None]]]:

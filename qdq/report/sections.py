@@ -214,6 +214,25 @@ class Data(TypedDict):
     labels_digest: NotRequired[str]
 
 
+class JudgedStep(TypedDict):
+    """The model after a step."""
+
+    name: str
+    sqnr_db: float | None
+    agreement: float | None
+    outputs: dict[str, float | None]
+    is_undone: bool
+
+
+class JudgedSteps(TypedDict):
+    """The section `steps`."""
+
+    description: str
+    images: Count
+    steps: list[JudgedStep]
+    notes: list[str]
+
+
 class StoredSections(TypedDict):
     """All sections of a report."""
 
@@ -227,6 +246,7 @@ class StoredSections(TypedDict):
     fold: list[FoldedPair]
     swap: Swap
     rewire: Rewire
+    steps: NotRequired[JudgedSteps | None]
     tuning: NotRequired[Tuning | None]
     calibration: list[Range]
     export: dict[str, Any]

@@ -1,0 +1,133 @@
+"""Does one accuracy pass after another, and keeps those that help on samples that they were not fitted to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from qdq.accuracy.adaround import round_weights
+from qdq.accuracy.bias import correct_bias
+from qdq.corrections import Snapshot, undo_passes
+from qdq.errors import ArgumentError, DataError, StateError
+from qdq.judge import Judge, JudgedSteps
+from qdq.outputs import Mask, Selection
+
+logger = logging.getLogger(__name__)
+
+EFFORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fast": ("correct_bias",),
+        "balanced": ("correct_bias", "round_weights"),
+    }
+)
+"""Effort -> the passes that are tried, in this order."""
+
+_LEAST_GAIN_DB = 0.05  # a pass that gains less is undone
+
+_Pass = Callable[..., object]
+_PASSES: Mapping[str, tuple[str, _Pass]] = MappingProxyType(
+    {
+        "correct_bias": ("biases corrected", correct_bias),
+        "round_weights": ("weights rounded for their outputs", round_weights),
+    }
+)
+"""Pass -> its step in the table, and the function."""
+
+
+def recover_accuracy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    judge: Judge,
+    *,
+    effort: str = "fast",
+    refit: Iterable[Any] | None = None,
+    outputs: Selection | None = None,
+    mask: Mask | None = None,
+) -> JudgedSteps:
+    """Try the passes of an effort, and undo each that gains less than 0.05 dB on the samples of the judge.
+
+    Call it when the choice of float layers is made: what a pass fits depends on that. After Ctrl-C the passes that are
+    done stay.
+
+    Args:
+        model: A calibrated model, changed in place.
+        batches: Samples to fit, without those of the judge; see `correct_bias`. They must fit in memory together.
+        judge: It has measured the model at least once, in the present state.
+        effort: One of `EFFORTS`: "fast" corrects biases, "balanced" also rounds weights for their outputs.
+        refit: All samples. If they are given, the passes that were kept are fitted to them at the end, as more samples
+            fit better.
+        outputs: Parts of the outputs that the passes report, as for `predictor.predict`.
+        mask: What leaves padding out, as for `predictor.predict`.
+
+    Returns:
+        What every step was worth, those before this call included.
+
+    Raises:
+        ArgumentError: An unknown effort.
+        StateError: The judge has measured nothing yet.
+    """
+    if effort not in EFFORTS:
+        raise ArgumentError(
+            f"effort is {effort!r}; known are {', '.join(EFFORTS)}.", "pass one of them."
+        )
+    if not judge.steps:
+        raise StateError("the judge has measured nothing yet.", "call judge.measure(name, model).")
+    notes = []
+    for name in EFFORTS[effort]:
+        reason = _try_pass(model, name, batches, judge, outputs=outputs, mask=mask)
+        if reason:
+            notes.append(f"{name} was left out: {reason}")
+    if refit is not None:
+        notes += _fit_again(model, refit, outputs=outputs, mask=mask)
+    for note in notes:
+        logger.info("%s", note)
+    return judge.conclude(notes)
+
+
+def _try_pass(
+    model: nn.Module, name: str, batches: Iterable[Any], judge: Judge, **view: Any
+) -> str:
+    """Do a pass, measure it, and undo it if it is not worth it.
+
+    Returns:
+        Why the pass could not be done; "" if it was.
+    """
+    title, run = _PASSES[name]
+    best = [step for step in judge.steps if not step.is_undone][-1]
+    former = Snapshot(model)
+    try:
+        run(model, batches, **view)
+    except (DataError, StateError) as error:  # it has left the model as it was
+        return error.message
+    step = judge.measure(title, model)
+    is_better = step.sqnr_db - best.sqnr_db >= _LEAST_GAIN_DB
+    if not is_better:
+        former.restore(model)
+        judge.mark_undone()
+    return ""
+
+
+def _fit_again(model: nn.Module, batches: Iterable[Any], **view: Any) -> list[str]:
+    """Do the passes of a model again on other samples.
+
+    Returns:
+        What was done, in words.
+    """
+    former = Snapshot(model)
+    names = [accuracy_pass.name for accuracy_pass in undo_passes(model)]
+    if not names:
+        return []
+    try:
+        for name in names:
+            _, run = _PASSES[name]
+            run(model, batches, **view)
+    except (DataError, StateError) as error:
+        former.restore(model)
+        return [
+            f"the passes keep their fit to the samples without the held-out ones: {error.message}"
+        ]
+    return [f"then fitted again, to all calibration samples: {', '.join(names)}"]

@@ -1,0 +1,109 @@
+"""Passes that help on held-out samples stay, the others are undone; the steps say what each was worth."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import qdq
+from qdq.corrections import list_passes
+from qdq.judge import Judge
+
+
+@pytest.fixture
+def samples() -> torch.Tensor:
+    return torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def net(samples: torch.Tensor) -> nn.Module:
+    """A calibrated net whose weights have a mean error: its third channel is rounded coarsely."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * 36, 5),
+    ).eval()  # fmt: skip
+    return model
+
+
+def _calibrate(model: nn.Module, samples: torch.Tensor) -> None:
+    qdq.swap_modules(model, samples[:2])
+    qdq.calibrate_model(model, [samples])
+    with torch.no_grad():  # a coarse range of the weights: biases can take its mean error away
+        for module in model.modules():
+            if isinstance(module, qdq.TensorQuantizer) and module.axis is not None:
+                module.amax = module.amax * 12
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: values.clone() for name, values in model.state_dict().items()}
+
+
+def test_a_pass_that_helps_stays_and_is_fitted_to_all_samples(
+    net: nn.Module, samples: torch.Tensor
+) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    by_hand = copy.deepcopy(net)
+    steps = qdq.recover_accuracy(net, [samples[32:]], judge, refit=[samples])
+    qdq.correct_bias(by_hand, [samples])
+
+    calibrated, corrected = steps.steps
+    assert corrected.sqnr_db > calibrated.sqnr_db + 0.05
+    assert not corrected.is_undone
+    assert steps.notes == ("then fitted again, to all calibration samples: correct_bias",)
+    for name, values in by_hand.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
+
+
+def test_a_pass_that_does_not_help_is_undone(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    before = _state(net)
+    # Fitted to data of another kind: what it learns does not hold for the held-out samples.
+    steps = qdq.recover_accuracy(net, [3 * samples[32:].abs() + 5], judge, refit=[samples])
+
+    assert steps.steps[-1].is_undone
+    assert list_passes(net) == []
+    assert steps.notes == ()
+    after = net.state_dict()
+    assert all(torch.equal(after[name], values) for name, values in before.items())
+
+
+def test_what_cannot_be_fitted_is_left_out_and_said(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    ragged = [samples[32:48], samples[48:, :, :, :7]]
+    steps = qdq.recover_accuracy(net, ragged, judge)
+
+    assert len(steps.steps) == 1
+    (note,) = steps.notes
+    assert note.startswith("correct_bias was left out: ")
+
+
+def test_balanced_rounds_weights_too(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    steps = qdq.recover_accuracy(net, [samples[32:]], judge, effort="balanced")
+
+    assert [step.name for step in steps.steps[1:]] == [
+        "biases corrected",
+        "weights rounded for their outputs",
+    ]
+    kept = [step for step in steps.steps if not step.is_undone]
+    assert judge.measure("again", net).sqnr_db == pytest.approx(kept[-1].sqnr_db, abs=1e-6)
+
+
+def test_wrong_calls_say_what_to_do(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    with pytest.raises(qdq.ArgumentError, match="fast, balanced"):
+        qdq.recover_accuracy(net, [samples], judge, effort="slow")
+    with pytest.raises(qdq.StateError, match=r"judge\.measure"):
+        qdq.recover_accuracy(net, [samples], judge)
