@@ -145,7 +145,8 @@ def round_weights(
         seed: Seed of the random positions.
         reference: The float model. None: the model itself with its quantizers off and its float weights.
         outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
-        mask: What leaves padding out of these figures, as for `predictor.predict`.
+        mask: What leaves padding out, as for `predictor.predict`: out of these figures, and out of the outputs of each
+            layer that the mask fits.
 
     Returns:
         The rounded and the skipped layers, with the SQNR before and after.

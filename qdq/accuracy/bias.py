@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -42,7 +43,7 @@ from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
-from qdq.outputs import Mask, OutputView, Selection
+from qdq.outputs import Mask, OutputView, Selection, is_masked, keep_rows
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
 
@@ -124,7 +125,8 @@ def correct_bias(
         method: "empirical" or "analytic", see the module.
         reference: The float model. None: the model itself with its quantizers off and its float weights.
         outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
-        mask: What leaves padding out of these figures, as for `predictor.predict`.
+        mask: What leaves padding out, as for `predictor.predict`: out of these figures, and out of the outputs of each
+            layer that the mask fits.
 
     Returns:
         The corrected and the skipped layers, with the SQNR before and after.
@@ -209,15 +211,16 @@ def _correct_analytically(
     shifts: dict[str, torch.Tensor] = {}
     relative_shifts: dict[str, torch.Tensor] = {}
     modules = dict(reference.named_modules())
+    mask = view.find_mask(inputs)
 
     def measure(name: str, _: nn.Module, product: Product) -> torch.Tensor:
         output = product.compute()
         error = _quantized_weight(plan.layers[name]) - product.arguments["weight"]
-        mean_input = product.arguments["input"].mean(0, keepdim=True)
-        mean_error = product.compute(input=mean_input, weight=error, bias=None)
-        shift = -_channel_means(product, mean_error)
+        mean_error = product.compute(input=_mean_input(product, mask), weight=error, bias=None)
+        shift = -product.rows_of(mean_error).double().mean(0)
         shifts[name] = shift
-        relative_shifts[name] = _relative(shift, _channel_means(product, output))
+        means = product.rows_of(output)[product.list_positions(output, mask)].double().mean(0)
+        relative_shifts[name] = _relative(shift, means)
         return output
 
     with disable_quantization(reference):
@@ -243,8 +246,12 @@ def _quantized_weight(layer: QuantMixin) -> torch.Tensor:
     return fake_quantize(weight.detach(), quantizer.amax, quantizer.format, quantizer.axis)
 
 
-def _channel_means(product: Product, output: torch.Tensor) -> torch.Tensor:
-    return product.rows_of(output).double().mean(0)
+def _mean_input(product: Product, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the input over the samples, `[1, ...]`; that of a linear function over all that is not padding."""
+    inputs: torch.Tensor = product.arguments["input"]
+    if mask is not None and product.function is F.linear and is_masked(inputs, mask):
+        inputs = keep_rows(inputs, mask)
+    return inputs.mean(0, keepdim=True)
 
 
 def _relative(shift: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

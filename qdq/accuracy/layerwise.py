@@ -28,7 +28,7 @@ from qdq.forward import call_model, evaluating, name_function, trace_forward
 from qdq.functions import WEIGHTED
 from qdq.metrics import Array, decide_db, sqnr_db
 from qdq.nn import QuantMixin
-from qdq.outputs import ALL_OUTPUTS, OutputView
+from qdq.outputs import ALL_OUTPUTS, OutputView, expand_mask
 from qdq.quantize import own_tensor
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers
@@ -84,6 +84,24 @@ class Product:
         if self.function is not F.linear:
             output = output.movedim(1, -1)
         return output.flatten(0, -2)
+
+    def list_positions(self, output: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The rows of an output that are not padding.
+
+        Args:
+            output: Output of the product.
+            mask: bool, False at padding; it applies if the output has its sizes first, without the channels. None for
+                no padding.
+
+        Returns:
+            Row numbers in `rows_of(output)`, `[N]`.
+        """
+        by_position = output if self.function is F.linear else output.movedim(1, -1)
+        sizes = by_position.shape[:-1]
+        if mask is None or sizes[: mask.dim()] != mask.shape:
+            return torch.arange(math.prod(sizes), device=output.device)
+        counts = expand_mask(mask, by_position[..., 0]).expand(sizes)
+        return counts.flatten().nonzero().flatten()
 
     def patches_at(self, positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The inputs that the weight multiplies at some positions of the output.
@@ -301,7 +319,7 @@ def sample_outputs(
     positions: int = 4096,
     seed: int = 0,
 ) -> tuple[dict[str, Sample], FlatArrays]:
-    """Run the float model and store the outputs of its layers at random positions.
+    """Run the float model and store the outputs of its layers at random positions that are not padding.
 
     Args:
         model: The quantized model, which runs with its quantizers off, or a float model with the same names.
@@ -319,12 +337,14 @@ def sample_outputs(
     """
     samples: dict[str, Sample] = {}
     generator = torch.Generator().manual_seed(seed)
+    mask = view.find_mask(inputs)
 
     def record(name: str, _: nn.Module, product: Product) -> torch.Tensor:
         output = product.compute()
         rows = product.rows_of(output)
-        chosen = torch.randperm(len(rows), generator=generator)[:positions]
-        chosen = chosen.to(rows.device, non_blocking=True)
+        counted = product.list_positions(output, mask)
+        drawn = torch.randperm(len(counted), generator=generator)[:positions]
+        chosen = counted[drawn.to(rows.device, non_blocking=True)]
         samples[name] = Sample(chosen, rows[chosen].float(), plan.intervals[name])
         return output
 

@@ -88,3 +88,19 @@ def test_equalization_measures_the_worst_output(batches):
     report, expected = equalize_layers(model, batches), equalize_layers(alone, batches)
     assert report.before_db == expected.before_db < 60
     assert report.after_db == expected.after_db
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_padding_is_not_fitted(name):
+    """Tokens with padding give the same weights and biases as the real tokens alone."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    tokens = torch.randn(12, 6, 16)
+    is_real = torch.arange(6) < torch.randint(1, 6, (12, 1))
+    padded = torch.where(is_real[..., None], tokens, 3 * tokens + 5)
+    swap_modules(model, tokens, include=["*"])
+    calibrate_model(model, [padded], method="max")
+    twin = copy.deepcopy(model)
+    PASSES[name](model, [padded], mask=lambda batch: is_real)
+    PASSES[name](twin, [tokens[is_real]])
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected)
