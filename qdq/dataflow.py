@@ -10,12 +10,14 @@ from typing import NamedTuple
 from qdq.forward import ForwardTrace, Operation
 from qdq.functions import (
     ACTIVATIONS,
+    ADDITIONS,
     AVERAGES,
     CONCATS,
     CONTRACTIONS,
     CONVOLUTIONS,
     COPIES,
     FUNCTIONS,
+    IDENTITIES,
     MATRIX_PRODUCTS,
     MAX_POOLINGS,
     RESIZES,
@@ -298,6 +300,28 @@ class Dataflow:
         if len(readers) != 1 or value in self.outputs:
             return -inf, inf
         return clamp_of(readers[0]) or (-inf, inf)
+
+    def normalization_behind(self, value: int) -> Operation | None:
+        """The LayerNorm that divides each row of a tensor by its deviation, directly or after sums with other rows.
+
+        Args:
+            value: Number of the tensor.
+
+        Returns:
+            The first one; None if a function of another kind reads the tensor or such a sum, or if it is an output.
+        """
+        passing = ADDITIONS | IDENTITIES
+        normalizations: list[Operation] = []
+        for reader in self._readers_behind([value], passing):
+            if reader.function == "layer_norm":
+                normalizations.append(reader)
+            elif reader.function not in passing:
+                return None
+        if not normalizations or value in self.outputs:
+            return None
+        first = normalizations[0]
+        is_same_shape = self.shapes[first.inputs[0]] == self.shapes[value]
+        return first if is_same_shape else None
 
     def readers_behind(self, values: Iterable[int]) -> Iterator[Operation]:
         """Functions that read some tensors, directly or through activations, BatchNorm, copies, pooling and concats.

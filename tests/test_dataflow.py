@@ -239,3 +239,21 @@ def test_a_resize_that_copies(mode, is_copy):
         flow = Dataflow(trace_forward(Called(resize), torch.randn(1, 2, 4, 4)))
         (operation,) = [call for call in flow.operations if call.function == "interpolate"]
         assert flow.is_copy(operation) == is_copy
+
+
+@pytest.mark.parametrize(
+    ("readers", "outputs", "expected"),
+    [
+        ("b = add(x, a)\nn = layer_norm(b)", "n", "n"),
+        ("d = dropout(a)\nn = layer_norm(d)\nb = add(d, x)\nm = layer_norm(b)", "m", "n"),
+        ("b = add(x, a)\nc = relu(b)", "c", None),
+        ("n = layer_norm(a)\nc = linear(a)", "n c", None),
+        ("n = layer_norm(a)", "n a", None),
+        ("b = add(x, a)", "b", None),
+    ],
+)  # fmt: skip
+def test_the_norm_behind_a_sum(readers, outputs, expected):
+    graph = Graph(f"a = linear(x)\n{readers}", outputs)
+    graph.flow.shapes.update(dict.fromkeys(graph.numbers.values(), (2, 4, 16)))
+    operation = graph.flow.normalization_behind(graph.numbers["a"])
+    assert (None if operation is None else operation.module) == expected

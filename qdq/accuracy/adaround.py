@@ -274,7 +274,7 @@ class _Problem:
 
         # A few positions do not determine many weights: then the elements off the diagonal count less.
         shrink = count / (count + size)
-        covariance = _covariance(x, live)
+        covariance = _covariance(x, live, sample.importance)
         self._diagonal = covariance.diagonal(dim1=1, dim2=2)[:, None]
         self._gram = covariance * shrink + torch.diag_embed(self._diagonal[:, 0] * (1 - shrink))
         self.scale = quantizer.scale.reshape(-1, 1).expand(len(weight), 1).reshape(groups, -1, 1)
@@ -366,14 +366,14 @@ def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
     return rows.t().reshape(groups, -1, len(rows))
 
 
-def _covariance(x: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+def _covariance(x: torch.Tensor, live: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
     """Covariance of the patches of each group, `[groups, K, K]`.
 
-    Patches are weighted if a group is one filter. Several filters would need different weights, so all patches count
-    the same then.
+    If a group is one filter, its weights count. Several filters may need different weights, so only the importance of
+    the positions counts then.
     """
     weight = live
     if live.shape[1] > 1:
-        weight = torch.full_like(live[:, :1], 1 / x.shape[1])
+        weight = (importance / importance.sum()).expand_as(live[:, :1])
     centered = (x - weight @ x) * weight.sqrt().transpose(1, 2)
     return centered.transpose(1, 2) @ centered

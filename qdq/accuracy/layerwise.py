@@ -11,7 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -196,11 +196,14 @@ class LayerPlan:
     Args:
         layers: Quantized layers in the order in which they run.
         intervals: Layer -> the values of its output that the function after it passes on: 0..6 before a ReLU6.
+        normalizations: Layer -> the `nn.LayerNorm` that divides each row of its output by a deviation, after residual
+            adds, if there is one.
         skipped: Quantized layers that cannot be corrected -> the reason.
     """
 
     layers: dict[str, QuantMixin]
     intervals: dict[str, tuple[float, float]]
+    normalizations: dict[str, str]
     skipped: dict[str, str]
 
 
@@ -223,10 +226,7 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         raise StateError(
             "no layer of the model is quantized.", "call swap_modules and calibrate_model first."
         )
-    active = {name: layer for name, layer in quantized.items() if _is_active(layer)}
-    for name, layer in active.items():
-        _require_ranges(name, layer)
-
+    active = _select_active(quantized)
     calls: Counter[str] = Counter()
 
     def count(name: str, _: nn.Module, product: Product) -> torch.Tensor:
@@ -239,16 +239,45 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         visit_products(model, active, pair, count)
         flow = Dataflow(trace_forward(model, pair))
 
-    intervals = {}
-    for operation in flow.operations:
-        if operation.function in WEIGHTED:
-            intervals[operation.module] = flow.passing_interval(operation.outputs[0])
     layers = {name: active[name] for name, number in calls.items() if number == 1}
     skipped = {}
     for name in quantized:
         if name not in layers:
             skipped[name] = _reason_to_skip(name in active, calls[name])
-    return LayerPlan(layers, {name: intervals[name] for name in layers}, skipped)
+    return _describe_layers(model, flow, layers, skipped)
+
+
+def _describe_layers(
+    model: nn.Module, flow: Dataflow, layers: dict[str, QuantMixin], skipped: dict[str, str]
+) -> LayerPlan:
+    """The plan, with what the functions behind each layer do to its output."""
+    intervals = {}
+    normalizations = {}
+    for operation in flow.operations:
+        if operation.function not in WEIGHTED or operation.module not in layers:
+            continue
+        intervals[operation.module] = flow.passing_interval(operation.outputs[0])
+        normalization = flow.normalization_behind(operation.outputs[0])
+        if normalization is not None and _runs_once(model, flow, normalization.module):
+            normalizations[operation.module] = normalization.module
+    return LayerPlan(layers, intervals, normalizations, skipped)
+
+
+def _runs_once(model: nn.Module, flow: Dataflow, name: str) -> bool:
+    """Whether a module is an `nn.LayerNorm` over the last axis that runs once."""
+    module = model.get_submodule(name)
+    is_plain = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+    return is_plain and sum(run.module == name for run in flow.runs) == 1
+
+
+def _select_active(quantized: Mapping[str, QuantMixin]) -> dict[str, QuantMixin]:
+    """The layers that are in int8, which must have ranges."""
+    active = {}
+    for name, layer in quantized.items():
+        if _is_active(layer):
+            _require_ranges(name, layer)
+            active[name] = layer
+    return active
 
 
 def _is_active(layer: QuantMixin) -> bool:
@@ -288,14 +317,17 @@ class Sample:
         positions: Rows of `Product.rows_of`, `[N]`.
         rows: The outputs there, float32 `[N, Cout]`.
         interval: The values that the function after the layer passes on.
+        importance: Weight of each row, float32 `[N]`. A LayerNorm divides the errors of a row by the deviation of the
+            row; then it is the reciprocal of the variance, so that errors in a token of huge values count little.
     """
 
     positions: torch.Tensor
     rows: torch.Tensor
     interval: tuple[float, float]
+    importance: torch.Tensor
 
     def weigh(self, rows: torch.Tensor) -> torch.Tensor:
-        """Weight of each output in a mean: small if a clamp after it hides it in both models.
+        """Weight of each output in a mean: small if a clamp or a LayerNorm after it hides it in both models.
 
         Args:
             rows: The outputs of the quantized model at the same positions.
@@ -307,6 +339,7 @@ class Sample:
         passes_in_float = (self.rows > low) & (self.rows < high)
         passes_in_int8 = (rows > low) & (rows < high)
         weight = (passes_in_float | passes_in_int8).float().clamp_min(_HIDDEN)
+        weight = weight * self.importance[:, None]
         return weight / weight.sum(0)
 
 
@@ -345,7 +378,8 @@ def sample_outputs(
         counted = product.list_positions(output, mask)
         drawn = torch.randperm(len(counted), generator=generator)[:positions]
         chosen = counted[drawn.to(rows.device, non_blocking=True)]
-        samples[name] = Sample(chosen, rows[chosen].float(), plan.intervals[name])
+        importance = torch.ones(len(chosen), device=rows.device)
+        samples[name] = Sample(chosen, rows[chosen].float(), plan.intervals[name], importance)
         return output
 
     modules = dict(model.named_modules())
@@ -355,9 +389,31 @@ def sample_outputs(
                 f"the reference has no module {name}.", "give a copy of the model itself."
             )
     layers = {name: modules[name] for name in plan.layers}
-    with disable_quantization(model):
+    with disable_quantization(model), _measuring_variances(modules, plan) as variances:
         outputs = visit_products(model, layers, inputs, record)
-        return samples, flatten_outputs(outputs, inputs, view)
+    for name, normalization in plan.normalizations.items():
+        variance = variances[normalization][samples[name].positions]
+        samples[name] = replace(samples[name], importance=variance.mean() / variance)
+    return samples, flatten_outputs(outputs, inputs, view)
+
+
+@contextmanager
+def _measuring_variances(
+    modules: Mapping[str, nn.Module], plan: LayerPlan
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield a dictionary that gets the variances by which each LayerNorm divides, one for each row of its input."""
+    variances: dict[str, torch.Tensor] = {}
+
+    def measure(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = next(iter((*args, *kwargs.values()))).flatten(0, -2)
+        variances[name] = rows.float().var(1, correction=0) + layer.eps
+
+    with ExitStack() as hooks:
+        for name in set(plan.normalizations.values()):
+            layer = modules[name]
+            handle = layer.register_forward_pre_hook(partial(measure, name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield variances
 
 
 @contextmanager

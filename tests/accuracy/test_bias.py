@@ -301,3 +301,36 @@ def test_the_gpu_corrects_as_the_cpu_does(quantized, gpu, method):
         torch.testing.assert_close(parameter.cpu(), quantized.get_parameter(name))
     print(f"correct_bias {method}: {len(list_waits(events))} waits for 3 layers and 3 batches")
     assert len(list_waits(events)) <= 4
+
+
+class Stream(nn.Module):
+    """A layer whose output a LayerNorm divides after a residual add."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        return self.norm(x + self.layer(x))
+
+
+def test_error_that_a_norm_divides_away_counts_little():
+    """One token in sixteen is huge and clipped: its error must not shift the others."""
+    model = Stream().eval()
+    data = torch.randn(64, 16, 16)
+    data[:, 0] *= 50
+    swap_modules(model, data, include=["layer"])
+    calibrate_model(model, [data], method="max")
+    layer = model.layer
+    layer.input_quantizer.amax = layer.input_quantizer.amax / 4
+    rows = data.flatten(0, 1)
+    weight, bias = layer.weight.detach(), layer.bias.detach().clone()
+    x = fake_quantize(rows, layer.input_quantizer.amax).double()
+    w = fake_quantize(weight, layer.weight_quantizer.amax, axis=0).double()
+    y = rows.double() @ weight.double().t()
+    variance = (rows.double() + y + bias).var(1, correction=0)
+    share = (1 / variance) / (1 / variance).sum()
+    expected = bias + share @ (y - x @ w.t())
+    correct_bias(model, [data])
+    torch.testing.assert_close(layer.bias.detach(), expected.float(), rtol=1e-3, atol=1e-6)
