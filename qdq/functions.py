@@ -209,6 +209,7 @@ MULTIPLICATIONS = names_of("multiplication")
 RESIZES = names_of("resize")
 
 AVERAGE_POOLINGS = names_of("average pooling")
+ADAPTIVE_AVERAGE_POOLINGS = names_of("adaptive average pooling")
 MAX_POOLINGS = names_of("max pooling")
 MEANS = names_of("mean")
 AVERAGES = AVERAGE_POOLINGS | MEANS | names_of("adaptive average pooling", "norm pooling")

@@ -12,6 +12,10 @@ depthwise convolution that reads it. Functions between the two must commute with
 ReLU, pooling, residual adds. So the float model stays the same apart from rounding. ReLU6 and other clamps commute only
 if no value reaches the clamp, and calibration data cannot show whether one will. So tensors with an upper clamp are
 left unchanged.
+
+Where only functions lie between that keep a shift of a channel (residual adds, pooling), the mean of each channel moves
+from the bias of the writer to the biases of the readers. The range of a tensor is symmetric, so a mean takes codes away
+from what carries information. This is the bias absorption of the same paper (section 4.1.3), exact without a ReLU.
 """
 
 from __future__ import annotations
@@ -48,12 +52,14 @@ from qdq.forward import (
 )
 from qdq.functions import (
     ACTIVATIONS,
+    ADAPTIVE_AVERAGE_POOLINGS,
     AVERAGES,
     CONVOLUTIONS,
     HOMOGENEOUS,
     IDENTITIES,
     LINEAR,
     MAX_POOLINGS,
+    MEANS,
     RESHAPES,
 )
 from qdq.nn import QuantInputMixin
@@ -65,6 +71,8 @@ logger = logging.getLogger(__name__)
 
 _ELEMENTWISE = HOMOGENEOUS & (ACTIVATIONS | IDENTITIES)
 _POOLINGS = HOMOGENEOUS & (AVERAGES | MAX_POOLINGS)
+# The functions that keep a shift of a channel. Average pooling with padding does not.
+_SHIFTED = IDENTITIES | RESHAPES | MEANS | MAX_POOLINGS | ADAPTIVE_AVERAGE_POOLINGS
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = 127  # int8 codes between 0 and the end of a range
 # Largest factor. A channel that needs more is almost dead on this data, but may not be on other data.
@@ -79,9 +87,10 @@ class EqualizedTensor:
     Args:
         written_by: Layers that write it.
         read_by: Layers that read it.
-        exponent: The balance that was chosen, 0 if nothing was changed.
+        exponent: The balance that was chosen, 0 if the channels were not scaled.
         predicted_db: Predicted reduction of the noise after the readers, in dB.
         reason: Why nothing was changed; empty if it was.
+        is_centered: Whether the means of the channels moved to the biases of the readers.
     """
 
     written_by: tuple[str, ...]
@@ -89,6 +98,7 @@ class EqualizedTensor:
     exponent: float
     predicted_db: float
     reason: str = ""
+    is_centered: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ def _equalize_exactly(
     Returns:
         The results, and the SQNR of the float outputs in dB.
     """
-    limit_db = _rounding_db(model)
+    limit_db = rounding_db(model)
     with _undoing(groups) as undo:
         tensors = [_equalize(group) for group in groups]
         float_db = _sqnr(expected, _observe(model, batches, []))
@@ -207,15 +217,21 @@ def _equalize_exactly(
                 if moved_db < limit_db:
                     undo()
                     reason = f"undone: it changed the float outputs, SQNR {moved_db:.1f} dB"
-                    tensor = replace(tensor, exponent=0.0, predicted_db=0.0, reason=reason)
+                    tensor = replace(
+                        tensor, exponent=0.0, predicted_db=0.0, reason=reason, is_centered=False
+                    )
                 else:
                     float_db = moved_db
         tensors.append(tensor)
     return tensors, float_db
 
 
-def _rounding_db(model: nn.Module) -> float:
-    """SQNR in dB of an error of a hundred times the rounding of the parameters; outputs are compared in float32."""
+def rounding_db(model: nn.Module) -> float:
+    """SQNR in dB of an error of a hundred times the rounding of the parameters; outputs are compared in float32.
+
+    Args:
+        model: Any model.
+    """
     steps = [torch.finfo(torch.float32).eps]
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -247,24 +263,50 @@ def _undoing(groups: list[_Group]) -> Iterator[Callable[[], None]]:
 
 
 @dataclass(frozen=True)
-class _InputStatistics:
-    """Statistics of the input of a layer.
+class _ChannelStatistics:
+    """Statistics of the channels of a tensor.
 
     Args:
-        largest: Largest absolute value of each channel, `[C]`.
-        energy: Sum of squares of each channel, `[C]`.
+        highest: Largest value of each channel, `[C]`.
+        lowest: Smallest value, likewise.
+        total: Sum, float64.
+        energy: Sum of squares, float64.
         rows: Number of positions in all samples.
     """
 
-    largest: torch.Tensor
+    highest: torch.Tensor
+    lowest: torch.Tensor
+    total: torch.Tensor
     energy: torch.Tensor
     rows: int
 
-    def merge(self, statistics: _InputStatistics) -> _InputStatistics:
-        return _InputStatistics(
-            torch.maximum(self.largest, statistics.largest),
+    @property
+    def largest(self) -> torch.Tensor:
+        """Largest absolute value of each channel, `[C]`."""
+        return torch.maximum(self.highest, -self.lowest)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of each channel, float64 `[C]`."""
+        return self.total / self.rows
+
+    def merge(self, statistics: _ChannelStatistics) -> _ChannelStatistics:
+        return _ChannelStatistics(
+            torch.maximum(self.highest, statistics.highest),
+            torch.minimum(self.lowest, statistics.lowest),
+            self.total + statistics.total,
             self.energy + statistics.energy,
             self.rows + statistics.rows,
+        )
+
+    def subtract(self, shift: torch.Tensor) -> _ChannelStatistics:
+        """The statistics of the tensor minus a constant for each channel, float64 `[C]`."""
+        return _ChannelStatistics(
+            self.highest - shift.float(),
+            self.lowest - shift.float(),
+            self.total - self.rows * shift,
+            self.energy - 2 * shift * self.total + self.rows * shift.square(),
+            self.rows,
         )
 
 
@@ -277,14 +319,28 @@ class _Group:
         readers: Layers that read them, by name.
         axes: The channel axes of the functions around them.
         reason: Why they must stay unchanged, "" if they may be scaled.
+        keeps_shifts: Whether the functions between keep a shift of a channel.
+        terms: Reader -> how often the output of each writer is a term of its input.
         inputs: Reader -> statistics of its input.
+        outputs: Writer -> statistics of its output, if the channels may be centered.
     """
 
     writers: dict[str, Any] = field(default_factory=dict)
     readers: dict[str, Any] = field(default_factory=dict)
     axes: set[int] = field(default_factory=set)
     reason: str = ""
-    inputs: dict[str, _InputStatistics] = field(default_factory=dict)
+    keeps_shifts: bool = True
+    terms: dict[str, Counter[str]] = field(default_factory=dict)
+    inputs: dict[str, _ChannelStatistics] = field(default_factory=dict)
+    outputs: dict[str, _ChannelStatistics] = field(default_factory=dict)
+
+    @property
+    def can_center(self) -> bool:
+        """Whether means may move from the writers to the readers."""
+        layers = [*self.writers.values(), *self.readers.values()]
+        if not self.keeps_shifts or any(layer.bias is None for layer in layers):
+            return False
+        return not any(_pads_input(layer) for layer in self.readers.values())
 
 
 class _ChannelGroups:
@@ -310,6 +366,8 @@ class _ChannelGroups:
             group.readers |= absorbed.readers
             group.axes |= absorbed.axes
             group.reason = group.reason or absorbed.reason
+            group.keeps_shifts = group.keeps_shifts and absorbed.keeps_shifts
+            group.terms |= absorbed.terms
             self._parents[self.root(second)] = self.root(first)
         return group
 
@@ -332,9 +390,10 @@ def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
     """Every group of tensors that a layer writes, in order; `reason` says why one must stay unchanged."""
     trace = trace_forward(model, example_inputs)
     flow = Dataflow(trace)
-    layers = _Layers(model, trace)
+    layers = ScalableLayers(model, trace)
     groups = _ChannelGroups()
     groups.pin(flow.inputs, "it is an input of the model")
+    terms: dict[int, Counter[str]] = {}  # of each tensor
     for operation in flow.operations:
         computed = [value for value in operation.inputs if flow.is_computed(value)]
         if not computed:
@@ -342,8 +401,11 @@ def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
         layer = layers.find(operation)
         if layer is None:
             _pass_on(groups, flow, operation, computed)
+            terms[operation.outputs[0]] = _add_terms(terms, computed)
         else:
             _add_layer(groups, flow, operation, layer, computed[0])
+            groups.group(computed[0]).terms[operation.module] = _add_terms(terms, computed[:1])
+            terms[operation.outputs[0]] = Counter([operation.module])
             reason = layers.reason_against(operation, computed, len(flow.shapes[computed[0]]))
             if reason:
                 groups.pin([*computed, *operation.outputs], reason)
@@ -358,6 +420,14 @@ def _find_groups(model: nn.Module, example_inputs: Any) -> list[_Group]:
         elif len(group.axes) > 1:
             group.reason = "its layers have different channel axes"
     return written
+
+
+def _add_terms(terms: dict[int, Counter[str]], values: list[int]) -> Counter[str]:
+    """The terms of a sum of some tensors."""
+    total: Counter[str] = Counter()
+    for value in values:
+        total.update(terms.get(value, Counter()))
+    return total
 
 
 def _add_layer(
@@ -383,7 +453,7 @@ def _channel_axis(operation: Operation, shape: Sequence[int]) -> int:
     return 1 if operation.function in CONVOLUTIONS else len(shape) - 1
 
 
-class _Layers:
+class ScalableLayers:
     """The convolutions and linear layers of a model, and which of them may be scaled.
 
     Args:
@@ -410,7 +480,11 @@ class _Layers:
                     self._owners[_address_of(tensor)] += 1
 
     def find(self, operation: Operation) -> nn.Module | None:
-        """The layer whose product an operation is."""
+        """The layer whose product an operation is.
+
+        Args:
+            operation: Any call.
+        """
         if operation.function not in CONVOLUTIONS | LINEAR:
             return None
         layer = self._modules.get(operation.module)
@@ -469,20 +543,24 @@ def _pass_on(
     output = operation.outputs[0]
     if _is_residual_add(flow, operation, computed):
         groups.join(first, computed[1])
-        groups.join(first, output)
+        group = groups.join(first, output)
+        group.keeps_shifts = group.keeps_shifts and "alpha" not in operation.arguments
         return
 
     is_unary = len(computed) == 1
     clamp = clamp_of(operation)
     if is_unary and (clamp == (0.0, inf) or operation.function in _ELEMENTWISE):
-        groups.join(first, output)
+        group = groups.join(first, output)
+        group.keeps_shifts = group.keeps_shifts and operation.function in _SHIFTED
         return
     if clamp is not None:
         reason = f"{operation.function} clamps it, and factors would move the bound"
         groups.pin([first, output], reason)
         return
     if is_unary and (operation.function in _POOLINGS or _is_by_channel(flow, operation, first)):
-        groups.join(first, output).axes.add(1)
+        group = groups.join(first, output)
+        group.axes.add(1)
+        group.keeps_shifts = group.keeps_shifts and operation.function in _SHIFTED
         return
     reason = f"{operation.function} does not commute with factors of its channels"
     groups.pin([*computed, *operation.outputs], reason)
@@ -530,51 +608,114 @@ def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> Flat
     with ExitStack() as hooks:
         for group in groups:
             if not group.reason:
-                _watch_readers(group, hooks)
+                _watch_layers(group, hooks)
         with evaluating(model):
             for batch in tqdm(batches, desc=task, unit="batch", disable=None):
                 outputs.add(call_model(model, batch), batch)
     return outputs.join()
 
 
-def _watch_readers(group: _Group, hooks: ExitStack) -> None:
-    """Collect the statistics of the inputs of all readers until `hooks` is closed."""
+def _watch_layers(group: _Group, hooks: ExitStack) -> None:
+    """Collect the statistics of the inputs of readers, and of the outputs of writers, until `hooks` is closed."""
     for name, layer in group.readers.items():
         collect = partial(_collect_input, group, name)
         handle = layer.register_forward_pre_hook(collect, with_kwargs=True)
         hooks.callback(handle.remove)
+    if group.can_center:
+        for name, layer in group.writers.items():
+            handle = layer.register_forward_hook(partial(_collect_output, group, name))
+            hooks.callback(handle.remove)
 
 
 def _collect_input(group: _Group, name: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
-    """Add the input of a layer to its statistics."""
-    x = next(iter((*args, *kwargs.values()))).detach().float()
+    _collect(group.inputs, name, layer, next(iter((*args, *kwargs.values()))))
+
+
+def _collect_output(
+    group: _Group, name: str, layer: nn.Module, _: Any, output: torch.Tensor
+) -> None:
+    _collect(group.outputs, name, layer, output)
+
+
+def _collect(
+    collected: dict[str, _ChannelStatistics], name: str, layer: nn.Module, x: torch.Tensor
+) -> None:
+    """Add the input or output of a layer to its statistics."""
+    x = x.detach().float()
     if not isinstance(layer, Linear):
         x = x.movedim(1, -1)
     rows = x.flatten(0, -2)
-    statistics = _InputStatistics(rows.abs().amax(0), rows.double().square().sum(0), len(rows))
-    if name in group.inputs:
-        statistics = statistics.merge(group.inputs[name])
-    group.inputs[name] = statistics
+    precise = rows.double()
+    statistics = _ChannelStatistics(
+        rows.amax(0), rows.amin(0), precise.sum(0), precise.square().sum(0), len(rows)
+    )
+    if name in collected:
+        statistics = statistics.merge(collected[name])
+    collected[name] = statistics
+
+
+def _pads_input(layer: Any) -> bool:
+    """Whether a layer pads its input, so that it does not read a shift everywhere."""
+    padding = getattr(layer, "padding", 0)
+    if isinstance(padding, str):
+        return padding != "valid"
+    return bool(np.any(padding))
 
 
 @torch.no_grad()
 def _equalize(group: _Group) -> EqualizedTensor:
-    """Choose the factors of one group and apply them."""
+    """Choose means to move and factors for one group, and apply them."""
     writers, readers = tuple(group.writers), tuple(group.readers)
     if group.reason:
         return EqualizedTensor(writers, readers, 0.0, 0.0, group.reason)
+    unchanged = torch.ones_like(next(iter(group.inputs.values())).highest)
+    noise_before = float(_noise(group, unchanged))
+    is_centered = _center(group, noise_before, unchanged)
+
     candidates = {exponent: _factors(group, exponent) for exponent in _EXPONENTS}
-    unchanged = torch.ones_like(candidates[1.0])
     products = [_noise(group, factors) for factors in (unchanged, *candidates.values())]
-    noise_before, *noise_after = read_numbers(products)
+    noise_unscaled, *noise_after = read_numbers(products)
     noise = dict(zip(candidates, noise_after, strict=True))
     exponent = min(noise, key=noise.__getitem__)
-    if not noise[exponent] < _WORTHWHILE * noise_before:
+    if noise[exponent] < _WORTHWHILE * noise_unscaled:
+        _apply(group, candidates[exponent])
+    elif is_centered:
+        exponent = 0.0
+        noise[exponent] = noise_unscaled
+    else:
         reason = "no factors are predicted to lower the noise"
         return EqualizedTensor(writers, readers, 0.0, 0.0, reason)
-    _apply(group, candidates[exponent])
     predicted_db = float(10 * np.log10(noise_before / noise[exponent]))
-    return EqualizedTensor(writers, readers, exponent, predicted_db)
+    return EqualizedTensor(writers, readers, exponent, predicted_db, is_centered=is_centered)
+
+
+def _center(group: _Group, noise_before: float, unchanged: torch.Tensor) -> bool:
+    """Move the means of the outputs of the writers to the biases of the readers, if less noise is predicted.
+
+    Returns:
+        Whether they were moved.
+    """
+    if not group.can_center:
+        return False
+    means = {name: statistics.mean for name, statistics in group.outputs.items()}
+    inputs = dict(group.inputs)
+    shifts = {}
+    for reader, terms in group.terms.items():
+        shifts[reader] = torch.zeros_like(next(iter(means.values())))
+        for writer, number in terms.items():
+            shifts[reader] += number * means[writer]
+        group.inputs[reader] = inputs[reader].subtract(shifts[reader])
+    if not float(_noise(group, unchanged)) < _WORTHWHILE * noise_before:
+        group.inputs = inputs
+        return False
+    for name, layer in group.writers.items():
+        layer.bias.copy_(layer.bias.double() - means[name])
+    for name, layer in group.readers.items():
+        weight = _by_input(layer, layer.weight).double().flatten(2)
+        columns = weight.reshape(*weight.shape[:2], layer.weight.shape[1], -1).sum(-1)
+        moved = (columns * shifts[name].reshape(len(columns), 1, -1)).sum(-1)
+        layer.bias.copy_(layer.bias.double() + moved.flatten())
+    return True
 
 
 def _apply(group: _Group, factors: torch.Tensor) -> None:

@@ -341,3 +341,55 @@ def test_refusals(residual, images):
     swap_modules(residual, images)
     with pytest.raises(StateError, match="before swap_modules"):
         equalize_layers(residual, [images])
+
+
+class Bottlenecks(nn.Module):
+    """Two linear bottlenecks with a residual add, as in MobileNetV2; the means of the channels are large."""
+
+    def __init__(self, padding):
+        super().__init__()
+        self.first = nn.Conv2d(16, 8, 1)
+        self.widen = nn.Conv2d(8, 32, 1)
+        self.narrow = nn.Conv2d(32, 8, 1)
+        self.last = nn.Conv2d(8, 16, 3, padding=padding)
+        with torch.no_grad():
+            self.first.bias.copy_(torch.linspace(-20, 20, 8))
+            self.narrow.bias.copy_(torch.linspace(30, -30, 8))
+            self.widen.bias.sub_(self.widen.weight.flatten(1) @ self.first.bias)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.narrow(torch.relu(self.widen(x))))
+
+
+def test_means_move_to_the_readers_of_linear_bottlenecks():
+    model = Bottlenecks(padding=0).eval()
+    images = torch.randn(8, 16, 6, 6)
+    expected = model(images).detach()
+    report = equalize_layers(model, [images])
+    (tensor,) = [entry for entry in report.tensors if "first" in entry.written_by]
+    assert tensor.is_centered
+    assert tensor.written_by == ("first", "narrow")
+    assert tensor.read_by == ("widen", "last")
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    means = model.first(images).mean((0, 2, 3))
+    assert means.abs().max() < 1e-3
+    assert report.after_db > report.before_db + 6
+
+
+@pytest.mark.parametrize("obstacle", ["padding", "relu", "alpha", "bias"])
+def test_means_stay_where_a_shift_would_be_seen(obstacle, monkeypatch):
+    model = Bottlenecks(padding=1 if obstacle == "padding" else 0).eval()
+    if obstacle == "bias":
+        model.last.bias = None
+    forwards = {
+        "relu": lambda x: model.last(model.first(x).relu()),
+        "alpha": lambda x: model.last(torch.add(model.first(x), model.narrow(x.repeat(1, 2, 1, 1)), alpha=2)),
+    }  # fmt: skip
+    if obstacle in forwards:
+        monkeypatch.setattr(model, "forward", forwards[obstacle])
+    images = torch.randn(8, 16, 6, 6)
+    expected = model(images).detach()
+    report = equalize_layers(model, [images])
+    assert not any(tensor.is_centered for tensor in report.tensors)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
