@@ -40,6 +40,7 @@ from qdq.graph.fold_weights import FoldWeights
 from qdq.graph.lower_einsum import LowerEinsum
 from qdq.graph.merge_constants import MergeConstants
 from qdq.graph.merge_pairs import MergePairs
+from qdq.graph.merge_products import MergeProducts
 from qdq.graph.move_quantize import MoveQuantizeBeforeCopies
 from qdq.graph.names import NameNodes
 from qdq.graph.opset import DEFAULT_OPSET, LOWEST, LOWEST_OF_TORCH, NEWEST_OPSET, LowerOpset
@@ -458,6 +459,7 @@ def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.
         LowerEinsum(),
         TransposeKeys(),
         naming,
+        MergeProducts(),
         MergePairs(),
         MoveQuantizeBeforeCopies(),
         MergePairs(),  # a pair that was moved may be next to an equal one

@@ -68,6 +68,7 @@ def calls_of(tmp_path, x):
         "correct_bias": lambda model: qdq.correct_bias(model, [x]),
         "round_weights": lambda model: qdq.round_weights(model, [x]),
         "equalize_layers": lambda model: qdq.equalize_layers(model, [x]),
+        "smooth_inputs": lambda model: qdq.smooth_inputs(model, [x]),
         "measure_tie_floor": lambda model: qdq.measure_tie_floor(model, [x]),
         "split_detector": qdq.split_detector,
         "export_onnx": lambda model: export_onnx(model, x, tmp_path / "model.onnx"),
@@ -137,6 +138,8 @@ def test_what_yields_no_batches(batches, quantized):
             function(quantized, batches)
     with pytest.raises(ArgumentTypeError, match="batches is"):
         qdq.equalize_layers(Net().eval(), batches)
+    with pytest.raises(ArgumentTypeError, match="batches is"):
+        qdq.smooth_inputs(Net().eval(), batches)
     with pytest.raises(QdqError):
         qdq.finetune(quantized, batches, schedule=qdq.Schedule(steps=1))
 

@@ -1,0 +1,71 @@
+"""Factors in front of a layer, against the product computed here."""
+
+import copy
+import io
+
+import torch
+from torch import nn
+
+from qdq import calibrate_model, fake_quantize, restore_modules, swap_modules
+from qdq.nn.scaling import restore_input, scale_input
+
+
+def make_layer():
+    layer = nn.Linear(16, 16)
+    factors = torch.rand(16) + 0.5
+    x = torch.randn(4, 16)
+    return layer, factors, x
+
+
+def test_input_is_multiplied_however_it_is_given():
+    layer, factors, x = make_layer()
+    expected = layer(x * factors)
+    scale_input(layer, factors)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(input=x), expected)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+
+
+def test_second_factors_are_multiplied():
+    layer, factors, x = make_layer()
+    expected = layer(x * factors * 3)
+    scale_input(layer, factors)
+    scale_input(layer, torch.full((16,), 3.0))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_factors_are_saved():
+    layer, factors, x = make_layer()
+    scale_input(layer, factors)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded(x), layer(x))
+    assert torch.equal(layer.state_dict()["input_factors"], factors)
+
+
+def test_quantizer_is_behind_the_factors():
+    layer, factors, x = make_layer()
+    model = nn.Sequential(layer)
+    scale_input(layer, factors)
+    expected = model(x)
+    swap_modules(model, x, include=["*"])
+    calibrate_model(model, [x], method="max")
+    weight = fake_quantize(layer.weight, layer.weight.abs().amax(1), axis=0)
+    scaled = x * factors
+    quantized = fake_quantize(scaled, scaled.abs().max())
+    torch.testing.assert_close(model(x), quantized @ weight.T + layer.bias)
+    restore_modules(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_factors_are_removed():
+    layer, factors, x = make_layer()
+    expected = layer(x)
+    restore_input(layer)
+    scale_input(layer, factors)
+    restore_input(layer)
+    assert torch.equal(layer(x), expected)
+    assert not layer._buffers
+    assert not layer._forward_pre_hooks
