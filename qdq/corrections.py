@@ -1,14 +1,15 @@
 """What the accuracy passes changed in a model, so that it can be taken back and done again.
 
-`round_weights` and `correct_bias` fit weights and biases to the ranges, and to the layers that are in int8. A call that
-changes ranges or layers afterwards therefore takes these changes back, does its own work on the weights of the float
-model, and does the passes again: rounding first, then biases. So every order of the calls gives the same model.
+The passes fit weights and biases to the ranges, and to the layers that are in int8; `reconstruct_blocks` also changes
+ranges. A call that changes ranges or layers afterwards therefore takes these changes back, does its own work on the
+weights of the float model, and does the passes again, in the order of `_ORDER`. So every order of the calls gives the
+same model.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,16 @@ import torch
 from torch import nn
 
 from qdq.nn import QuantMixin
+from qdq.quantize import own_tensor
+from qdq.quantizer import TensorQuantizer
 
 logger = logging.getLogger(__name__)
 
+_ORDER = ("round_weights", "reconstruct_blocks", "correct_bias")
 _ATTRIBUTE = "_accuracy_passes"  # of a model
+_RANGES = "_calibrated_ranges"  # of a model
+
+_Range = tuple[TensorQuantizer, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +35,17 @@ class AccuracyPass:
     """A pass that has changed a model.
 
     Args:
-        name: The public function.
-        rank: Passes run in the order of their ranks.
+        name: The public function, one of `_ORDER`.
         run: Does it again on a model, with the same options and data.
     """
 
     name: str
-    rank: int
     run: Callable[[nn.Module], object]
+
+    @property
+    def rank(self) -> int:
+        """Passes run in the order of their ranks."""
+        return _ORDER.index(self.name)
 
     def __deepcopy__(self, _: dict[int, Any]) -> AccuracyPass:
         return self  # a copy of the model shares the data of the pass
@@ -63,19 +73,33 @@ def record_pass(model: nn.Module, accuracy_pass: AccuracyPass) -> None:
     vars(model)[_ATTRIBUTE] = sorted(passes, key=lambda entry: entry.rank)
 
 
+def keep_ranges(model: nn.Module, quantizers: Iterable[TensorQuantizer]) -> None:
+    """Keep ranges as those of the calibration, before a pass changes them; only the first call counts.
+
+    Args:
+        model: The model.
+        quantizers: Quantizers of it that hold a range.
+    """
+    ranges = _list_ranges(model)
+    known = {quantizer for quantizer, _ in ranges}
+    ranges += _copy_ranges(quantizer for quantizer in quantizers if quantizer not in known)
+    vars(model)[_RANGES] = ranges
+
+
 def forget_passes(model: nn.Module) -> None:
-    """Forget the passes and the kept weights: what the passes changed is part of the model from now on.
+    """Forget the passes and what was kept: what the passes changed is part of the model from now on.
 
     Args:
         model: The model.
     """
     vars(model).pop(_ATTRIBUTE, None)
+    vars(model).pop(_RANGES, None)
     for layer in _list_layers(model):
         layer.forget_float()
 
 
 def undo_passes(model: nn.Module) -> list[AccuracyPass]:
-    """Give all layers the weights and biases of the float model, and forget the passes.
+    """Give all layers the weights and biases of the float model and the ranges of the calibration; forget the passes.
 
     Args:
         model: The model.
@@ -86,6 +110,8 @@ def undo_passes(model: nn.Module) -> list[AccuracyPass]:
     passes = list_passes(model)
     for layer in _list_layers(model):
         layer.restore_float()
+    for quantizer, amax in _list_ranges(model):
+        quantizer.amax = amax
     forget_passes(model)
     return passes
 
@@ -106,7 +132,7 @@ def redo_passes(model: nn.Module, passes: list[AccuracyPass]) -> None:
 def redoing_passes(model: nn.Module) -> Iterator[None]:
     """In the block the model has the weights of the float model; after it, the passes are done again.
 
-    If the block or a pass fails, weights, biases and passes are those of before.
+    If the block or a pass fails, weights, biases, ranges and passes are those of before.
 
     Args:
         model: The model.
@@ -125,25 +151,31 @@ def redoing_passes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undoing_passes(model: nn.Module) -> Iterator[list[AccuracyPass]]:
-    """Like `redoing_passes`, but the block itself does again what it wants; it gets the passes.
+def undoing_passes(model: nn.Module, name: str) -> Iterator[list[AccuracyPass]]:
+    """In the block a pass can be done: what it did before and the passes after it are taken back.
 
-    If the block fails, weights, biases and passes are those of before. After Ctrl-C, what the block did stays.
+    Passes before it stay done. The block gets those after it, and does them again itself. If it fails, weights,
+    biases, ranges and passes are those of before. After Ctrl-C, what the block did stays.
 
     Args:
         model: The model.
+        name: The pass, one of `_ORDER`.
     """
     former = Snapshot(model)
-    passes = undo_passes(model)
+    passes = list_passes(model)
+    rank = _ORDER.index(name)
     try:
-        yield passes
+        if not passes or passes[-1].rank >= rank:
+            undo_passes(model)
+            redo_passes(model, [entry for entry in passes if entry.rank < rank])
+        yield [entry for entry in passes if entry.rank > rank]
     except Exception:
         former.restore(model)
         raise
 
 
 class Snapshot:
-    """The weights and biases that passes gave a model, and these passes.
+    """The weights, biases and ranges that passes gave a model, and these passes.
 
     Args:
         model: The model.
@@ -152,12 +184,16 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._passes = list_passes(model)
         self._layers = [(layer, _copy_parameters(layer)) for layer in _list_layers(model)]
+        self._ranges = _copy_ranges(quantizer for quantizer, _ in _list_ranges(model))
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model these weights, biases and passes again."""
+        """Give the model these weights, biases, ranges and passes again."""
         undo_passes(model)
         for layer, parameters in self._layers:
             _put_back(layer, parameters)
+        keep_ranges(model, [quantizer for quantizer, _ in self._ranges])
+        for quantizer, amax in self._ranges:
+            quantizer.amax = amax
         for accuracy_pass in self._passes:
             record_pass(model, accuracy_pass)
 
@@ -169,6 +205,21 @@ def _list_layers(model: nn.Module) -> list[QuantMixin]:
         if isinstance(module, QuantMixin) and module.keeps_float:
             layers.append(module)
     return layers
+
+
+def _list_ranges(model: nn.Module) -> list[_Range]:
+    """The quantizers whose range a pass has changed, with the range of the calibration."""
+    return list(vars(model).get(_RANGES, []))
+
+
+def _copy_ranges(quantizers: Iterable[TensorQuantizer]) -> list[_Range]:
+    """The present ranges of quantizers that have one."""
+    ranges = []
+    for quantizer in quantizers:
+        amax = quantizer.amax
+        assert amax is not None  # noqa: S101
+        ranges.append((quantizer, own_tensor(amax)))
+    return ranges
 
 
 def _copy_parameters(layer: QuantMixin) -> dict[str, torch.Tensor]:

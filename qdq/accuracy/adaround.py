@@ -42,6 +42,7 @@ from qdq.batch import join_batches
 from qdq.corrections import AccuracyPass, record_pass, redo_passes, undoing_passes
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import StateError
+from qdq.formats import Format
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
 from qdq.outputs import Mask, OutputView, Selection
@@ -56,7 +57,6 @@ _WARM_UP = 0.2  # fraction of the steps without regularizer
 _BETA = (20.0, 2.0)
 _FIXED = 1e-3  # a weight this close to a code keeps it, in steps of the scale
 _TOLERANCE = 1e-6  # smallest gain of a flip, relative to the mean energy of the input
-_RANK = 1  # before the biases are corrected
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -173,15 +173,15 @@ def round_weights(
         outputs=outputs,
         mask=mask,
     )
-    with undoing_passes(model) as passes:
+    with undoing_passes(model, "round_weights") as later:
         plan = plan_layers(model, inputs)
         outputs_before = run_flat(model, inputs, view)
         samples, expected = sample_outputs(reference or model, plan, inputs, view, seed=seed)
         for layer in plan.layers.values():
             layer.keep_float()
-        record_pass(model, AccuracyPass("round_weights", _RANK, again))
+        record_pass(model, AccuracyPass("round_weights", again))
         layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs, steps)
-        redo_passes(model, [former for former in passes if former.rank > _RANK])
+        redo_passes(model, later)
     for name, reason in plan.skipped.items():
         layers.append(RoundedLayer(name, 0.0, 1.0, reason))
     outputs_after = flatten_outputs(rounded_outputs, inputs, view)
@@ -248,6 +248,61 @@ def _round_layer(layer: QuantMixin, product: Product, sample: Sample, steps: int
     return _LayerResult(changed, error)
 
 
+class SoftCodes:
+    """For each weight the codes below and above it, and a rectified sigmoid that goes from one to the other.
+
+    Args:
+        ideal: Weights in steps of their scale, any shape.
+        fmt: Their format.
+        start: The values that the sigmoids give first, in the same steps; `ideal` if None.
+
+    Attributes:
+        nearest: The codes that nearest rounding gives.
+        low: The lower codes.
+        high: The upper codes.
+        span: `high - low`.
+        logits: The variables of the sigmoids.
+    """
+
+    def __init__(
+        self, ideal: torch.Tensor, fmt: Format, *, start: torch.Tensor | None = None
+    ) -> None:
+        highest = fmt.qmax
+        lowest = max(fmt.qmin, -highest)
+        self.nearest = ideal.round().clamp(lowest, highest)
+        # The largest weight keeps its code, so the range keeps its value.
+        is_fixed = (ideal - self.nearest).abs() < _FIXED
+        floor = ideal.floor()
+        self.low = torch.where(is_fixed, self.nearest, floor.clamp(lowest, highest))
+        self.high = torch.where(is_fixed, self.nearest, (floor + 1).clamp(lowest, highest))
+        self.span = self.high - self.low
+        first = ideal if start is None else start
+        fraction = ((first - self.low) / self.span.clamp_min(1)).clamp(0, 1)
+        self.logits = torch.logit((fraction - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
+
+    def up(self) -> torch.Tensor:
+        """0 for the lower code, 1 for the upper one, or between (equation 23 of the paper)."""
+        return (torch.sigmoid(self.logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+    def harden(self) -> torch.Tensor:
+        """The codes that the sigmoids are closer to."""
+        return torch.where(torch.sigmoid(self.logits.detach()) > 0.5, self.high, self.low)
+
+
+def penalize_soft(up: torch.Tensor, step: int, steps: int) -> torch.Tensor:
+    """The regularizer that pushes sigmoids to 0 or 1 (equation 24 of the paper), summed; 0 in the first steps.
+
+    Args:
+        up: From `SoftCodes.up`.
+        step: The present step.
+        steps: Number of steps.
+    """
+    if step < _WARM_UP * steps:
+        return up.new_zeros(())
+    roundness = (2 * up - 1).abs() ** _anneal(step, steps)
+    return _WEIGHT * (1 - roundness).sum()
+
+
 class _Problem:
     """The quadratic loss of the codes of one layer.
 
@@ -283,14 +338,8 @@ class _Problem:
         self._variance = (live * residual.square()).sum(-1) - self._mean_residual.square()
 
         self._ideal = weight.float().reshape(groups, -1, size) / self.scale  # before rounding
-        highest = quantizer.format.qmax
-        lowest = max(quantizer.format.qmin, -highest)
-        self.nearest = self._ideal.round().clamp(lowest, highest)
-        # The largest weight keeps its code, so the range keeps its value.
-        is_fixed = (self._ideal - self.nearest).abs() < _FIXED
-        floor = self._ideal.floor()
-        self._low = torch.where(is_fixed, self.nearest, floor.clamp(lowest, highest))
-        self._high = torch.where(is_fixed, self.nearest, (floor + 1).clamp(lowest, highest))
+        self._soft = SoftCodes(self._ideal, quantizer.format)
+        self.nearest = self._soft.nearest
 
     def loss(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the output with its best bias, summed over the filters."""
@@ -307,22 +356,18 @@ class _Problem:
 
     def relax(self, steps: int) -> torch.Tensor:
         """The codes that rectified sigmoids give (equations 23 and 24 of the paper)."""
-        span = self._high - self._low
-        fraction = ((self._ideal - self._low) / span.clamp_min(1)).clamp(0, 1)
-        logits = torch.logit((fraction - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
-        optimizer = torch.optim.Adam([logits], _LEARNING_RATE)
+        soft = self._soft
+        optimizer = torch.optim.Adam([soft.logits], _LEARNING_RATE)
         unit = (self._diagonal.mean(-1, keepdim=True) / 6).clamp_min(_TINY)
         for step in range(steps):
             with torch.enable_grad():
-                up = (torch.sigmoid(logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-                slope = self._gradient(self._low + up.detach() * span)
-                objective = (up * slope * span / unit).sum()
-                if step >= _WARM_UP * steps:
-                    roundness = (2 * up - 1).abs() ** _anneal(step, steps)
-                    objective = objective + _WEIGHT * (1 - roundness).sum()
-                (logits.grad,) = torch.autograd.grad(objective, logits)
+                up = soft.up()
+                slope = self._gradient(soft.low + up.detach() * soft.span)
+                objective = (up * slope * soft.span / unit).sum()
+                objective = objective + penalize_soft(up, step, steps)
+                (soft.logits.grad,) = torch.autograd.grad(objective, soft.logits)
             optimizer.step()
-        return torch.where(torch.sigmoid(logits.detach()) > 0.5, self._high, self._low)
+        return soft.harden()
 
     def descend(self, codes: torch.Tensor) -> torch.Tensor:
         """In every filter, flip the code that lowers the loss most, until no flip lowers it."""
@@ -336,7 +381,7 @@ class _Problem:
         if not is_on_cpu:
             next_check = max(_UNCHECKED_FLIPS, int(_UNCHECKED_FRACTION * size))
         for num_flips in range(4 * size):
-            flip = self._low + self._high - 2 * codes
+            flip = self._soft.low + self._soft.high - 2 * codes
             change, index = (flip * slope + flip.square() * self._diagonal).min(-1)
             is_better = change < -tolerance
             if num_flips == next_check:

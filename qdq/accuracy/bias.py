@@ -50,7 +50,6 @@ from qdq.quantizer import disable_quantization
 logger = logging.getLogger(__name__)
 
 METHODS = ("empirical", "analytic")
-_RANK = 2  # after the weights are rounded
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -162,7 +161,7 @@ def correct_bias(
         outputs=outputs,
         mask=mask,
     )
-    record_pass(model, AccuracyPass("correct_bias", _RANK, again))
+    record_pass(model, AccuracyPass("correct_bias", again))
     return BiasCorrection(method=method, layers=tuple(layers), **vars(change))
 
 

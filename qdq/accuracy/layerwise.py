@@ -234,8 +234,8 @@ def plan_layers(model: nn.Module, inputs: Any) -> LayerPlan:
         product.require_samples(name)
         return product.compute()
 
-    pair = _take_samples(inputs, 2)
-    with disable_quantization(model), _explaining():
+    pair = take_pair(inputs)
+    with disable_quantization(model), explaining_joined():
         visit_products(model, active, pair, count)
         flow = Dataflow(trace_forward(model, pair))
 
@@ -291,12 +291,12 @@ def _require_ranges(name: str, layer: QuantMixin) -> None:
             raise StateError(f"{name}.{attribute} has no amax.", "call calibrate_model first.")
 
 
-def _take_samples(inputs: Any, count: int) -> Any:
-    """The first samples of joined batches."""
+def take_pair(inputs: Any) -> Any:
+    """The first two samples of joined batches."""
     size = count_samples(inputs)
 
     def take(leaf: Any) -> Any:
-        return leaf[:count] if is_by_sample(leaf, size) else leaf
+        return leaf[:2] if is_by_sample(leaf, size) else leaf
 
     return map_leaves(take, inputs)
 
@@ -335,12 +335,25 @@ class Sample:
         Returns:
             `[N, Cout]`, the sum of each column is 1.
         """
-        low, high = self.interval
-        passes_in_float = (self.rows > low) & (self.rows < high)
-        passes_in_int8 = (rows > low) & (rows < high)
-        weight = (passes_in_float | passes_in_int8).float().clamp_min(_HIDDEN)
+        weight = weigh_passing(self.rows, rows, self.interval)
         weight = weight * self.importance[:, None]
         return weight / weight.sum(0)
+
+
+def weigh_passing(
+    expected: torch.Tensor, actual: torch.Tensor, interval: tuple[float, float]
+) -> torch.Tensor:
+    """Weight of each output: 1, or little if a clamp after it hides it in both models.
+
+    Args:
+        expected: Outputs of the float model.
+        actual: Those of the quantized model, of the same shape.
+        interval: The values that the clamp passes on.
+    """
+    low, high = interval
+    passes_in_float = (expected > low) & (expected < high)
+    passes_in_int8 = (actual > low) & (actual < high)
+    return (passes_in_float | passes_in_int8).float().clamp_min(_HIDDEN)
 
 
 def sample_outputs(
@@ -417,7 +430,7 @@ def _measuring_variances(
 
 
 @contextmanager
-def _explaining() -> Iterator[None]:
+def explaining_joined() -> Iterator[None]:
     """Explain the requirements of joined batches if a model does not run on them; it may raise any error."""
     try:
         yield
@@ -433,7 +446,7 @@ def _explaining() -> Iterator[None]:
 
 def run_flat(model: nn.Module, inputs: Any, view: OutputView) -> FlatArrays:
     """`flatten_outputs` of one forward."""
-    with evaluating(model), _explaining():
+    with evaluating(model), explaining_joined():
         outputs = call_model(model, inputs)
     return flatten_outputs(outputs, inputs, view)
 
