@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "accuracy.adaround": ("Rounding", "round_weights"),
     "accuracy.bias": ("BiasCorrection", "correct_bias"),
+    "accuracy.blocks": ("Reconstruction", "reconstruct_blocks"),
     "accuracy.equalization": ("Equalization", "equalize_layers"),
     "accuracy.smoothing": ("Smoothing", "smooth_inputs"),
     "analyze": ("Analysis", "analyze_layers"),

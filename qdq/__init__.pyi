@@ -5,6 +5,8 @@ from qdq.accuracy.adaround import Rounding as Rounding
 from qdq.accuracy.adaround import round_weights as round_weights
 from qdq.accuracy.bias import BiasCorrection as BiasCorrection
 from qdq.accuracy.bias import correct_bias as correct_bias
+from qdq.accuracy.blocks import Reconstruction as Reconstruction
+from qdq.accuracy.blocks import reconstruct_blocks as reconstruct_blocks
 from qdq.accuracy.equalization import Equalization as Equalization
 from qdq.accuracy.equalization import equalize_layers as equalize_layers
 from qdq.accuracy.smoothing import Smoothing as Smoothing

@@ -230,7 +230,7 @@ def swap_modules(
 def restore_modules(model: nn.Module) -> int:
     """Restore the float model: the original classes, weights and biases, and no quantizers.
 
-    Weights and biases that `correct_bias` or `round_weights` changed are those of before; training is not undone.
+    Weights and biases that an accuracy pass changed (`qdq.corrections`) are those of before; training is not undone.
 
     A module whose class was written as a quantized one (`class MyConv(QuantConv2d)`) has no float class of its own:
     its quantizers are disabled, and a warning names it.

@@ -24,6 +24,7 @@ from qdq import (
     fold_batchnorm,
     measure_tie_floor,
     predict,
+    reconstruct_blocks,
     rewire_operations,
     round_weights,
     swap_modules,
@@ -160,6 +161,7 @@ def test_every_form_goes_through_the_stages_of_accuracy(form):
     calibrate_model(model, [wrap(IMAGES)])
     correct_bias(model, [wrap(IMAGES), wrap(IMAGES[:2])])
     round_weights(model, [wrap(IMAGES)], steps=2)
+    reconstruct_blocks(model, [wrap(IMAGES)], steps=2)
     analysis = analyze_layers(model, [wrap(IMAGES)])
     assert analysis.images == 4
 

@@ -67,6 +67,7 @@ def calls_of(tmp_path, x):
         "finetune": lambda model: qdq.finetune(model, [x], schedule=qdq.Schedule(steps=1)),
         "correct_bias": lambda model: qdq.correct_bias(model, [x]),
         "round_weights": lambda model: qdq.round_weights(model, [x]),
+        "reconstruct_blocks": lambda model: qdq.reconstruct_blocks(model, [x]),
         "equalize_layers": lambda model: qdq.equalize_layers(model, [x]),
         "smooth_inputs": lambda model: qdq.smooth_inputs(model, [x]),
         "measure_tie_floor": lambda model: qdq.measure_tie_floor(model, [x]),
@@ -130,6 +131,7 @@ def test_what_yields_no_batches(batches, quantized):
         qdq.analyze_layers,
         qdq.correct_bias,
         qdq.round_weights,
+        qdq.reconstruct_blocks,
         qdq.measure_tie_floor,
         predict,
     ]

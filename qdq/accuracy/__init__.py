@@ -1,4 +1,5 @@
 """Passes that recover accuracy with every layer in int8; each reports its gain.
 
-Before the swap: `equalize_layers`, `smooth_inputs`. After the calibration: `correct_bias`, `round_weights` (AdaRound).
+Before the swap: `equalize_layers`, `smooth_inputs`. After the calibration: `correct_bias`, `round_weights` (AdaRound),
+`reconstruct_blocks`.
 """

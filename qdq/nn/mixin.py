@@ -186,7 +186,7 @@ class QuantMixin(QuantInputMixin):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also load a bias that `correct_bias` or `round_weights` has added to a layer without one."""
+        """Also load a bias that an accuracy pass such as `correct_bias` has added to a layer without one."""
         bias = state_dict.get(f"{prefix}bias")
         weight = self._parameters.get("weight")
         has_no_bias = "bias" in self._parameters and self._parameters["bias"] is None

@@ -13,6 +13,7 @@ from qdq import (
     correct_bias,
     equalize_layers,
     predict,
+    reconstruct_blocks,
     round_weights,
     swap_modules,
 )
@@ -22,6 +23,7 @@ PASSES = {
     "analytic": lambda model, data, **view: correct_bias(model, data, method="analytic", **view),
     "empirical": correct_bias,
     "rounding": lambda model, data, **view: round_weights(model, data, steps=20, **view),
+    "blocks": lambda model, data, **view: reconstruct_blocks(model, data, steps=5, **view),
 }
 
 
