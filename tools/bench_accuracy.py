@@ -74,9 +74,14 @@ def bench_accuracy(
         lambda model: qdq.correct_bias(model, few),
     )
     measure("+ AdaRound", copy.deepcopy(calibrated), lambda model: qdq.round_weights(model, few))
+    measure(
+        "+ block reconstruction",
+        copy.deepcopy(calibrated),
+        lambda model: qdq.reconstruct_blocks(model, few),
+    )
     print(qdq.equalize_layers(net.module, few).format_table())
     measure("+ equalization", net.module, lambda model: _calibrate(model, calib, calib_method))
-    measure("all three", net.module, correct)
+    measure("bias, AdaRound, equalization", net.module, correct)
     if json:
         write_json(json, {"images": images, "rows": rows, "environment": describe_environment()})
     return 0

@@ -224,7 +224,11 @@ def test_the_order_of_the_passes_does_not_matter(net, images):
         "bias": lambda model: correct_bias(model, [images]),
     }
     states = []
-    for order in itertools.permutations(steps):
+    for order in (
+        ["round", "blocks", "bias"],
+        ["bias", "blocks", "round"],
+        ["blocks", "bias", "round"],
+    ):
         model = copy.deepcopy(net)
         for name in order:
             steps[name](model)
