@@ -1,29 +1,33 @@
 """AdaRound: rounds weights up or down so that the output of each layer, not each weight, has the least error.
 
 Nagel, Amjad, van Baalen, Louizos, Blankevoort: Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020
-(arXiv 2004.10568). Layer by layer, with asymmetric reconstruction (their equation 25 without activation function): the
-target is the output of the float model, and the input comes from the quantized layers before. With d the error of the
-codes of one filter in steps of its scale s, x the quantized input of its patches, and r the residual that the float
-weights leave on this input:
+(arXiv 2004.10568), layer by layer. The target is the output of the float model, and the input comes from the quantized
+layers before. With W the weights, x the quantized input of a patch and r = y - W x the residual on this input:
 
-    L(d) = E (r - s d x)^2 = s^2 d G d' - 2 s d c' + const,   G = E[x x'], c = E[r x]
+1. The target weights are W + m, with the least squares m = argmin E (r - m x)^2 + p sum G_kk m_k^2, G = E[x x']. So a
+   layer makes up for the noise in its input. The penalty p is the one with the least error on samples that m was not
+   fitted to (cross-validation over three parts of the samples); m is 0 if none helps, and for filters of many weights.
+   Residuals that follow the few images of a calibration would be fitted otherwise: without this step EfficientNet-Lite0
+   had 34 dB on 64 crops of six photographs and 23.8 dB on two others, with it 26.0 and 25.1 dB.
+2. With d the error of the codes of a filter against W + m, in steps of its scale s, the loss L(d) = s^2 d G d' needs no
+   data. The search is the one of the paper: rectified sigmoids, pushed to 0 or 1 by a regularizer with an annealed
+   exponent. Then single codes are flipped as long as that lowers L.
 
-so one pass over the data gives G and c, and the search needs no data. The bias is float and has its best value for any
-d, so G and c are covariances, and the bias absorbs the means. The search is the one of the paper: rectified sigmoids,
-pushed to 0 or 1 by a regularizer with an annealed exponent. Then single codes are flipped as long as that lowers L.
+The bias is float and has its best value for any codes, so G is a covariance, and the bias absorbs the means.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from qdq.accuracy.layerwise import (
@@ -57,6 +61,9 @@ _WARM_UP = 0.2  # fraction of the steps without regularizer
 _BETA = (20.0, 2.0)
 _FIXED = 1e-3  # a weight this close to a code keeps it, in steps of the scale
 _TOLERANCE = 1e-6  # smallest gain of a flip, relative to the mean energy of the input
+_PARTS = 3  # of the samples, for cross-validation
+_PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+_MOST_WEIGHTS = 256  # of a filter whose weights are moved; more would follow the few samples
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -129,8 +136,8 @@ def round_weights(
 ) -> Rounding:
     """Replace every weight by the value of its learned code, and every bias by the best one for it; in place.
 
-    Nearest rounding of the new weight gives the learned code, so saving and exporting work as before. No code differs
-    from the nearest by more than 1, and the ranges do not change. A layer without a bias gets one, which a swapped
+    Nearest rounding of the new weight gives the learned code, so saving and exporting work as before. The ranges
+    do not change. A layer without a bias gets one, which a swapped
     model accepts in a state dict and a float model does not. On a GPU, everything runs without TF32.
 
     The layers keep their float weights and biases, and use them while they are not quantized. If ranges or the choice
@@ -327,31 +334,40 @@ class _Problem:
         self._mean_x = live @ x
         self._mean_residual = (live * residual).sum(-1)
 
-        # A few positions do not determine many weights: then the elements off the diagonal count less.
-        shrink = count / (count + size)
-        covariance = _covariance(x, live, sample.importance)
-        self._diagonal = covariance.diagonal(dim1=1, dim2=2)[:, None]
-        self._gram = covariance * shrink + torch.diag_embed(self._diagonal[:, 0] * (1 - shrink))
         self.scale = quantizer.scale.reshape(-1, 1).expand(len(weight), 1).reshape(groups, -1, 1)
-        cross = (live * residual) @ x - self._mean_residual[..., None] * self._mean_x
-        self._cross = shrink * cross / self.scale
-        self._variance = (live * residual.square()).sum(-1) - self._mean_residual.square()
+        self._weight = weight.float().reshape(groups, -1, size)
 
-        self._ideal = weight.float().reshape(groups, -1, size) / self.scale  # before rounding
+        fit = _LeastSquares(x, residual, live, sample.importance)
+        move = torch.zeros_like(self._weight)
+        if size <= _MOST_WEIGHTS:
+            order = sample.positions.argsort().argsort()  # of one part are neighbouring samples
+            move = fit.cross_validate(order * _PARTS // count)
+        self._residual_error = fit.error(move)
+
+        # A few samples do not determine many weights: then the elements off the diagonal count less. Pixels of an image
+        # are too much alike to count as samples, tokens are not.
+        num_samples = count
+        if product.function is not F.linear:
+            num_samples = min(count, len(product.arguments["input"]))
+        shrink = num_samples / (num_samples + size)
+        self._diagonal = fit.covariance.diagonal(dim1=1, dim2=2)[:, None]
+        self._gram = fit.covariance * shrink + torch.diag_embed(self._diagonal[:, 0] * (1 - shrink))
+
+        self._ideal = (self._weight + move) / self.scale  # before rounding
         self._soft = SoftCodes(self._ideal, quantizer.format)
-        self.nearest = self._soft.nearest
+        self.nearest = SoftCodes(self._weight / self.scale, quantizer.format).nearest
 
     def loss(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the output with its best bias, summed over the filters."""
         error = codes - self._ideal
-        added = ((error @ self._gram - 2 * self._cross) * error).sum(-1)
+        added = (error @ self._gram * error).sum(-1)
         added = added * self.scale[..., 0].square()
-        return (added + self._variance).sum()
+        return (added + self._residual_error).sum()
 
     def best_shift(self, codes: torch.Tensor) -> torch.Tensor:
         """The change of the bias that gives the output the mean of the float output, float64 `[Cout]`."""
-        error = (codes - self._ideal) * self.scale
-        moved = error.double() * self._mean_x.double()
+        change = codes * self.scale - self._weight
+        moved = change.double() * self._mean_x.double()
         return (self._mean_residual.double() - moved.sum(-1)).flatten()
 
     def relax(self, steps: int) -> torch.Tensor:
@@ -396,7 +412,85 @@ class _Problem:
 
     def _gradient(self, codes: torch.Tensor) -> torch.Tensor:
         """Gradient of the loss in units of the squared scale."""
-        return 2 * ((codes - self._ideal) @ self._gram - self._cross)
+        return 2 * (codes - self._ideal) @ self._gram
+
+
+class _LeastSquares:
+    """Moves of the weights that lower the residual, fitted to some rows.
+
+    Args:
+        x: Quantized inputs of the patches, `[groups, N, K]`.
+        residual: What the float weights leave, `[groups, filters of a group, N]`.
+        live: Weight of each row for each filter, of the same shape.
+        importance: Weight of each row, `[N]`.
+
+    Attributes:
+        covariance: Of the inputs, `[groups, K, K]`.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, residual: torch.Tensor, live: torch.Tensor, importance: torch.Tensor
+    ) -> None:
+        self._rows = (x, residual, live, importance)
+        live = live / live.sum(-1, keepdim=True).clamp_min(_TINY)
+        mean_x = live @ x
+        mean_residual = (live * residual).sum(-1)
+        self.covariance = _covariance(x, live, importance)
+        self._cross = (live * residual) @ x - mean_residual[..., None] * mean_x
+        self._variance = (live * residual.square()).sum(-1) - mean_residual.square()
+
+    def error(self, move: torch.Tensor) -> torch.Tensor:
+        """Mean squared residual of each filter with its best bias, `[groups, filters of a group]`.
+
+        Args:
+            move: Change of the weights, `[groups, filters of a group, K]`.
+        """
+        return self._variance + ((move @ self.covariance - 2 * self._cross) * move).sum(-1)
+
+    def solve(self, penalties: Sequence[float]) -> list[torch.Tensor]:
+        """The best move for each penalty.
+
+        Args:
+            penalties: Relative to the variance of each input.
+        """
+        deviation = self.covariance.diagonal(dim1=1, dim2=2).clamp_min(_TINY).sqrt()[:, None]
+        correlation = self.covariance / deviation / deviation.transpose(1, 2)
+        values, vectors = torch.linalg.eigh(correlation.double())
+        rotated = (self._cross / deviation).double() @ vectors
+        moves = []
+        for penalty in penalties:
+            shrunk = rotated / (values.clamp_min(0)[:, None] + penalty)
+            moves.append((shrunk @ vectors.transpose(1, 2)).float() / deviation)
+        return moves
+
+    def cross_validate(self, part: torch.Tensor) -> torch.Tensor:
+        """The move with the penalty that has the least error on parts of the rows that it was not fitted to.
+
+        Args:
+            part: For each row the number of its part, `[N]`.
+
+        Returns:
+            The move; 0 if no penalty lowers the error.
+        """
+        errors = torch.zeros(1 + len(_PENALTIES), device=part.device)
+        for number in range(_PARTS):
+            fitted, judged = self._select(part != number), self._select(part == number)
+            moves = fitted.solve(_PENALTIES)
+            candidates = [torch.zeros_like(moves[0]), *moves]
+            errors += torch.stack([judged.error(move).sum() for move in candidates])
+        candidates = [torch.zeros_like(self._cross), *self.solve(_PENALTIES)]
+        # Not indexed by a number: on a GPU that would wait.
+        return torch.stack(candidates).index_select(0, errors.argmin()[None])[0]
+
+    def _select(self, is_selected: torch.Tensor) -> _LeastSquares:
+        """Only some rows: the others weigh nothing.
+
+        Args:
+            is_selected: bool, `[N]`.
+        """
+        x, residual, live, importance = self._rows
+        selected = is_selected.to(live.dtype)
+        return _LeastSquares(x, residual, live * selected, importance * selected)
 
 
 def _anneal(step: int, steps: int) -> float:

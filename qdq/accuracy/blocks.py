@@ -697,8 +697,12 @@ class _LearnedLayer:
         quantizer = layer.weight_quantizer
         self._scale = quantizer.scale.reshape(-1, *[1] * (weight.dim() - 1))
         ideal = layer.get_buffer("_float_weight").float() / self._scale
+        present = weight.float() / self._scale
+        # `round_weights` moves some weights by more than a code: the search begins next to them.
+        distance = present - ideal
+        ideal = torch.where(distance.abs() < 1, ideal, present - distance.sign() / 2)
         # Halfway to the present weight, so that the first codes are those of `round_weights` if it ran.
-        start = (ideal + weight.float() / self._scale) / 2
+        start = (ideal + present) / 2
         self.codes = SoftCodes(ideal, quantizer.format, start=start)
         bias = layer._parameters["bias"]
         first = weight.new_zeros(len(weight)) if bias is None else bias.detach()

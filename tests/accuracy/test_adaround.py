@@ -35,20 +35,61 @@ def codes_of(layer, weight=None):
     )
 
 
-def test_learned_codes_reconstruct_better_and_stay_next_to_the_nearest(quantized, images):
+def test_learned_codes_reconstruct_better_and_are_stored_as_values(quantized, images):
     reference = copy.deepcopy(quantized)
     report = round_weights(quantized, [images])
     assert report.after_db > report.before_db + 1
     for name in ("stem", "conv", "head"):
         layer = quantized.get_submodule(name)
-        codes, nearest = codes_of(layer), codes_of(layer, reference.get_submodule(name).weight)
-        assert (codes - nearest).abs().max() == 1
+        codes = codes_of(layer)
         assert torch.equal(
             layer.weight_quantizer.amax, reference.get_submodule(name).weight_quantizer.amax
         )
         values = codes * layer.weight_quantizer.scale.reshape(-1, *[1] * (codes.dim() - 1))
         torch.testing.assert_close(layer._parameters["weight"].detach(), values)
-    assert all(0 < layer.changed < 0.6 and layer.error < 1 for layer in report.layers)
+    assert all(layer.changed > 0 and layer.error < 1 for layer in report.layers)
+
+
+def test_weights_make_up_for_the_noise_of_the_input():
+    """The input is rounded to steps as large as itself; then smaller weights have less error (closed form, float64)."""
+    torch.manual_seed(2)
+    layer = nn.Linear(6, 4)
+    model = nn.Sequential(layer)
+    swap_modules(model, torch.zeros(2, 6), include=["*"])
+    x = torch.randn(4096, 6) @ torch.randn(6, 6)
+    calibrate_model(model, [x], method="max")
+    quantizer = layer._input_quantizer
+    quantizer.amax = quantizer.amax * 30
+    weight = layer.weight.detach().double().clone()
+    noisy = quantizer(x).detach().double()
+    expected = x.double() @ weight.t()
+    round_weights(model, [x])
+
+    best = torch.linalg.lstsq(noisy - noisy.mean(0), expected - expected.mean(0)).solution.t()
+    learned = layer._parameters["weight"].detach().double()
+
+    def error(values):
+        residual = expected - noisy @ values.t()
+        return float((residual - residual.mean(0)).square().mean())
+
+    assert error(learned) < 1.02 * error(best)
+    assert error(learned) < 0.9 * error(weight)
+
+
+def test_weights_do_not_follow_noise_of_the_target():
+    """A residual that has nothing to do with the input moves no weight: cross-validation refuses it."""
+    torch.manual_seed(3)
+    layer = nn.Linear(24, 4)
+    model = nn.Sequential(layer)
+    swap_modules(model, torch.zeros(2, 24), include=["*"])
+    x = torch.randn(48, 24)
+    calibrate_model(model, [x], method="max")
+    before = codes_of(layer)
+    noise = nn.Sequential(nn.Linear(24, 4))
+    noise.load_state_dict({"0.weight": layer.weight, "0.bias": layer.bias})
+    noise[0].register_forward_hook(lambda *args: args[-1] + torch.randn(args[-1].shape))
+    round_weights(model, [x], reference=noise)
+    assert (codes_of(layer) - before).abs().max() <= 1
 
 
 def test_layer_beats_nearest_rounding_with_its_best_bias():
@@ -214,7 +255,7 @@ def test_residual_network_of_torchvision():
 
 def test_the_page_runs(residual, images):
     page = Path(__file__).parents[2] / "docs" / "accuracy.md"
-    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    code = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)[0]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code, page.name, "exec"), {"model": residual, "batches": [images, images + 1]})  # noqa: S102

@@ -92,7 +92,7 @@ def test_equalization_measures_the_worst_output(batches):
     assert report.after_db == expected.after_db
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", ["analytic", "empirical", "rounding"])
 def test_padding_is_not_fitted(name):
     """Tokens with padding give the same weights and biases as the real tokens alone."""
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
