@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from qdq.forward import require_model
 from qdq.metrics import (
     agreement,
     count_rows,
@@ -106,7 +107,8 @@ class Judge:
         weights: Weight of each output where one figure decides; None: the worst decides.
 
     Raises:
-        ArgumentError: `weights` names another output, or lacks one.
+        ArgumentError: `weights` names another output.
+        ArgumentTypeError: What is no module.
         DataError: There is no batch, or the model does not run on one.
     """
 
@@ -119,6 +121,7 @@ class Judge:
         mask: Mask | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> None:
+        require_model(model)
         self._samples = samples
         self._run = partial(predict, batches=samples, outputs=outputs, mask=mask)
         self._expected = self._run(model)

@@ -13,6 +13,7 @@ from qdq.accuracy.adaround import round_weights
 from qdq.accuracy.bias import correct_bias
 from qdq.corrections import Snapshot, undo_passes
 from qdq.errors import ArgumentError, DataError, StateError
+from qdq.forward import require_model
 from qdq.judge import Judge, JudgedSteps
 from qdq.outputs import Mask, Selection
 
@@ -70,6 +71,7 @@ def recover_accuracy(
         ArgumentError: An unknown effort.
         StateError: The judge has measured nothing yet.
     """
+    require_model(model)
     if effort not in EFFORTS:
         raise ArgumentError(
             f"effort is {effort!r}; known are {', '.join(EFFORTS)}.", "pass one of them."

@@ -53,6 +53,7 @@ def quantized(x):
 
 def calls_of(tmp_path, x):
     """Public function -> a call of it with a model."""
+    judge = qdq.Judge(nn.Identity(), [x])
     return {
         "swap_modules": swap_modules,
         "plan_swap": plan_swap,
@@ -80,6 +81,11 @@ def calls_of(tmp_path, x):
         "save_tuned": lambda model: qdq.save_tuned(model, tmp_path / "tuned.safetensors"),
         "load_tuned": lambda model: qdq.load_tuned(model, tmp_path / "tuned.safetensors"),
         "apply_plan": lambda model: qdq.apply_plan(model, qdq.Plan({}), x),
+        "Judge": lambda model: qdq.Judge(model, [x]),
+        "recover_accuracy": lambda model: qdq.recover_accuracy(model, [x], judge),
+        "save_references": lambda model: qdq.save_references(
+            model, [x], tmp_path / "references.safetensors", tmp_path / "no.onnx"
+        ),
     }
 
 
