@@ -132,4 +132,4 @@ def _fit_again(model: nn.Module, batches: Iterable[Any], **view: Any) -> list[st
         return [
             f"the passes keep their fit to the samples without the held-out ones: {error.message}"
         ]
-    return [f"then fitted again, to all calibration samples: {', '.join(names)}"]
+    return [f"The passes that stay were then fitted to all calibration samples: {', '.join(names)}"]

@@ -55,7 +55,9 @@ def test_a_pass_that_helps_stays_and_is_fitted_to_all_samples(
     calibrated, corrected = steps.steps
     assert corrected.sqnr_db > calibrated.sqnr_db + 0.05
     assert not corrected.is_undone
-    assert steps.notes == ("then fitted again, to all calibration samples: correct_bias",)
+    assert steps.notes == (
+        "The passes that stay were then fitted to all calibration samples: correct_bias",
+    )
     for name, values in by_hand.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
 
