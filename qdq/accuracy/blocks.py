@@ -62,7 +62,7 @@ from qdq.units import name_block
 
 logger = logging.getLogger(__name__)
 
-_ROUNDING_RATE = 1e-1  # learning rate of the sigmoids
+_ROUNDING_RATE = 2e-2  # learning rate of the sigmoids
 _BIAS_RATE = 1e-3  # relative to the deviation of the output of the layer
 _RANGE_RATE = 5e-3  # of log2 of the range
 _HELD_OUT = 4  # one of so many samples is held out
