@@ -11,6 +11,7 @@ from torch import nn
 
 from qdq.accuracy.adaround import round_weights
 from qdq.accuracy.bias import correct_bias
+from qdq.accuracy.blocks import reconstruct_blocks
 from qdq.corrections import Snapshot, undo_passes
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.forward import require_model
@@ -23,6 +24,7 @@ EFFORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "fast": ("correct_bias",),
         "balanced": ("correct_bias", "round_weights"),
+        "best": ("correct_bias", "round_weights", "reconstruct_blocks"),
     }
 )
 """Effort -> the passes that are tried, in this order."""
@@ -34,6 +36,7 @@ _PASSES: Mapping[str, tuple[str, _Pass]] = MappingProxyType(
     {
         "correct_bias": ("biases corrected", correct_bias),
         "round_weights": ("weights rounded for their outputs", round_weights),
+        "reconstruct_blocks": ("blocks reconstructed", reconstruct_blocks),
     }
 )
 """Pass -> its step in the table, and the function."""
@@ -58,7 +61,8 @@ def recover_accuracy(
         model: A calibrated model, changed in place.
         batches: Samples to fit, without those of the judge; see `correct_bias`. They must fit in memory together.
         judge: It has measured the model at least once, in the present state.
-        effort: One of `EFFORTS`: "fast" corrects biases, "balanced" also rounds weights for their outputs.
+        effort: One of `EFFORTS`: "fast" corrects biases, "balanced" also rounds weights for their outputs, "best" also
+            reconstructs blocks.
         refit: All samples. If they are given, the passes that were kept are fitted to them at the end, as more samples
             fit better.
         outputs: Parts of the outputs that the passes report, as for `predictor.predict`.

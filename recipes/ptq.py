@@ -31,7 +31,7 @@ def ptq(
     eval_images: PositiveInt = 500,
     analysis_images: PositiveInt = 32,
     analysis: AnalysisOptions = AnalysisOptions(),
-    accuracy: Literal["fast", "balanced"] = "fast",
+    accuracy: Literal["fast", "balanced", "best"] = "fast",
     precision: Literal["fp32", "fp16"] = "fp32",
     batch_size: PositiveInt = 16,
     image_size: PositiveInt | None = None,
@@ -63,7 +63,8 @@ def ptq(
         analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
         accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
-            also rounds weights for their outputs. What does not help on held-out calibration samples is undone.
+            also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
+            calibration samples is undone.
         precision: Type of the float layers in the exported file.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,

@@ -103,9 +103,21 @@ def test_balanced_rounds_weights_too(net: nn.Module, samples: torch.Tensor) -> N
     assert judge.measure("again", net).sqnr_db == pytest.approx(kept[-1].sqnr_db, abs=1e-6)
 
 
+def test_best_tries_every_pass(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    steps = qdq.recover_accuracy(net, [samples[32:]], judge, effort="best", refit=[samples])
+
+    assert steps.steps[-1].name == "blocks reconstructed"
+    assert len(steps.steps) == 4
+    stay = [step.sqnr_db for step in steps.steps if not step.is_undone]
+    assert stay == sorted(stay)
+
+
 def test_wrong_calls_say_what_to_do(net: nn.Module, samples: torch.Tensor) -> None:
     judge = Judge(net, [samples[:32]])
-    with pytest.raises(qdq.ArgumentError, match="fast, balanced"):
+    with pytest.raises(qdq.ArgumentError, match="fast, balanced, best"):
         qdq.recover_accuracy(net, [samples], judge, effort="slow")
     with pytest.raises(qdq.StateError, match=r"judge\.measure"):
         qdq.recover_accuracy(net, [samples], judge)
