@@ -74,7 +74,8 @@ def _take_in_turn(batches: list[Any], count: int, whole: bool) -> list[Any]:
         whole: Take whole batches instead.
     """
     if whole:
-        return batches[:count]
+        size = count_samples(batches[0])
+        return [batch for batch in batches if count_samples(batch) == size][:count]
     samples: list[Any] = []
     most = max(map(count_samples, batches))
     for position in range(most):

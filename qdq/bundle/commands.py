@@ -133,7 +133,7 @@ def _list_steps(facts: BundleFacts, version: Version) -> dict[str, list[str]]:
     steps = {"int8": build_flags(Path(model), INT8_ENGINE, facts.profiles, version, half=half)}
     if unquantized in facts.opsets:
         steps["float"] = build_flags(
-            Path(unquantized), FLOAT_ENGINE, facts.profiles, version, half=half
+            Path(unquantized), FLOAT_ENGINE, facts.profiles, version, half=half, quantized=False
         )
     for number, pair in enumerate(facts.pairs):
         path = RESULTS / f"outputs.{number}.json"

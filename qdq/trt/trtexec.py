@@ -94,6 +94,7 @@ def build_flags(
     version: Version,
     *,
     half: bool = False,
+    quantized: bool = True,
 ) -> list[str]:
     """Flags that build an engine, time it, and write its layers, profile and times next to it.
 
@@ -104,6 +105,8 @@ def build_flags(
         version: Major and minor version of TensorRT.
         half: Whether the graph has float16 tensors. Then its own types decide before TensorRT 11 as well
             (`--stronglyTyped`); a float32 graph needs `--int8 --fp16` there. TensorRT 11 needs no such flags.
+        quantized: Whether the graph has Q/DQ. Without, `--int8` would give the layers ranges out of the air and run
+            them in int8, so the flag is left out.
 
     Raises:
         ArgumentError: The version cannot read a graph with float16 scales.
@@ -113,7 +116,11 @@ def build_flags(
             f"TensorRT {version[0]}.{version[1]} has no float16 scales.",
             "export with precision 'fp32'.",
         )
-    type_flags = ["--stronglyTyped"] if half else ["--int8", "--fp16"]
+    type_flags = ["--fp16"]
+    if half:
+        type_flags = ["--stronglyTyped"]
+    elif quantized:
+        type_flags = ["--int8", "--fp16"]
     flags = [
         f"--onnx={onnx}",
         f"--saveEngine={engine}",

@@ -128,7 +128,8 @@ def parse_shapes(text):
 def build(options, version):
     import onnx
 
-    is_float = Path(options["--onnx"]).name.startswith("float")
+    # As the real one: with --int8, layers without Q/DQ run in int8, too.
+    is_float = Path(options["--onnx"]).name.startswith("float") and "--int8" not in options
     if FAULT == "build_crash" and not is_float:
         raise RefusalError("Error Code 2: Internal Error (Assertion isValid failed)")
     model = onnx.load(options["--onnx"])

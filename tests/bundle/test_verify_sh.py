@@ -88,7 +88,7 @@ def test_without_python_the_rest_is_said_to_be_not_checked(bundle, tmp_path):
     assert {name: status for name, (status, _) in checks.items()} == {
         **dict.fromkeys(["files", "build int8", "build float", "references a"], "passed"),
         **dict.fromkeys(["references b", "time"], "passed"),
-        **dict.fromkeys(["numbers", "census"], "not checked"),
+        **dict.fromkeys(["numbers", "census", "profile"], "not checked"),
     }
     assert "needs python3" in checks["census"][1]
 

@@ -328,7 +328,7 @@ check_time() {
 
 run_verify_py() {
   if [ -z "$python" ]; then
-    for name in numbers census; do
+    for name in numbers census profile; do
       record "not checked" $name "needs python3 (3.8 or later) with numpy, and there is none"
     done
     return
@@ -367,7 +367,9 @@ if build int8; then
   run_verify_py
   check_time
 else
-  for name in numbers census time; do
+  names="references numbers census profile time"
+  if [ -n "$wanted_gpu" ]; then names="gpu $names"; fi
+  for name in $names; do
     record "not checked" $name "there is no int8 engine"
   done
 fi
