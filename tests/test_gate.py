@@ -464,7 +464,16 @@ class TestTargets:
         report = gate_run(GOOD, targets=targets, min_speedup=1.11, max_latency_ms=4.99)
         assert [check.name for check in report.failures] == ["min-speedup", "max-latency-ms"]
         assert [check.found for check in report.failures] == [1.1, 5.0]
-        assert "on Orin, TensorRT 1; at least 1.11" in report.failures[0].message
+        assert "on Orin, TensorRT 1 (" in report.failures[0].message
+
+    def test_the_worst_of_two_targets_of_one_kind_counts(self, tmp_path):
+        first, second = tmp_path / "first", tmp_path / "second"
+        first.mkdir()
+        second.mkdir()
+        targets = [self.write(first / "Orin", 0.5, 9.0), self.write(second / "Orin", 2.0, 1.0)]
+        report = gate_run(GOOD, targets=targets, min_speedup=1.0, max_latency_ms=5.0)
+        assert [check.found for check in report.failures] == [0.5, 9.0]
+        assert str(first / "Orin") in report.failures[0].message
 
     def test_a_failed_check_of_a_target_fails(self, tmp_path, capsys):
         target = self.write(tmp_path / "L4", 1.6, failed=["census"])

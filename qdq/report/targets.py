@@ -141,7 +141,7 @@ def list_target_rows(targets: Sequence[TargetResult]) -> list[TargetRow]:
         "TensorRT": partial(_environment_cell, key="tensorrt"),
         "system": partial(_environment_cell, key="system"),
         "int8, ms": partial(_figure_cell, name="int8_ms"),
-        "float16, ms": partial(_figure_cell, name="float_ms"),
+        "float engine, ms": partial(_figure_cell, name="float_ms"),
         "speedup": partial(_figure_cell, name="speedup"),
     }
     rows = []
