@@ -40,7 +40,7 @@ class AccuracyPass:
     """
 
     name: str
-    run: Callable[[nn.Module], object]
+    run: Callable[..., object]
 
     @property
     def rank(self) -> int:
@@ -155,7 +155,8 @@ def undoing_passes(model: nn.Module, name: str) -> Iterator[list[AccuracyPass]]:
     """In the block a pass can be done: what it did before and the passes after it are taken back.
 
     Passes before it stay done. The block gets those after it, and does them again itself. If it fails, weights,
-    biases, ranges and passes are those of before. After Ctrl-C, what the block did stays.
+    biases, ranges and passes are those of before. After Ctrl-C, what the block did stays if the pass was recorded; the
+    passes after it are not done again then.
 
     Args:
         model: The model.
@@ -169,8 +170,10 @@ def undoing_passes(model: nn.Module, name: str) -> Iterator[list[AccuracyPass]]:
             undo_passes(model)
             redo_passes(model, [entry for entry in passes if entry.rank < rank])
         yield [entry for entry in passes if entry.rank > rank]
-    except Exception:
-        former.restore(model)
+    except BaseException as error:
+        is_recorded = any(entry.name == name for entry in list_passes(model))
+        if isinstance(error, Exception) or not is_recorded:
+            former.restore(model)
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from torch import nn
@@ -90,7 +91,9 @@ def _format_step(step: JudgedStep, former: JudgedStep | None, width: int) -> str
         former: The last step before it that was not undone; None before the first.
         width: Of the first column.
     """
-    change = "" if former is None else f"{step.sqnr_db - former.sqnr_db:+.2f}"
+    change = ""
+    if former is not None and isfinite(step.sqnr_db - former.sqnr_db):
+        change = f"{step.sqnr_db - former.sqnr_db:+.2f}"
     share = "-" if step.agreement is None else f"{step.agreement:.1%}"
     line = f"{step.name:{width}}  {step.sqnr_db:7.2f}  {change:>7}  {share:>9}"
     return f"{line}  undone" if step.is_undone else line

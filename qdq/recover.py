@@ -88,7 +88,7 @@ def recover_accuracy(
         if reason:
             notes.append(f"{name} was left out: {reason}")
     if refit is not None:
-        notes += _fit_again(model, refit, outputs=outputs, mask=mask)
+        notes += _fit_again(model, list(refit))
     for note in notes:
         logger.info("%s", note)
     return judge.conclude(notes)
@@ -117,23 +117,25 @@ def _try_pass(
     return ""
 
 
-def _fit_again(model: nn.Module, batches: Iterable[Any], **view: Any) -> list[str]:
+def _fit_again(model: nn.Module, batches: list[Any]) -> list[str]:
     """Do the passes of a model again on other samples.
 
     Returns:
         What was done, in words.
     """
     former = Snapshot(model)
-    names = [accuracy_pass.name for accuracy_pass in undo_passes(model)]
-    if not names:
+    passes = undo_passes(model)
+    if not passes:
         return []
     try:
-        for name in names:
-            _, run = _PASSES[name]
-            run(model, batches, **view)
-    except (DataError, StateError) as error:
+        for accuracy_pass in passes:
+            accuracy_pass.run(model, batches=batches)
+    except BaseException as error:
         former.restore(model)
+        if not isinstance(error, DataError | StateError):
+            raise
         return [
             f"the passes keep their fit to the samples without the held-out ones: {error.message}"
         ]
-    return [f"The passes that stay were then fitted to all calibration samples: {', '.join(names)}"]
+    names = ", ".join(accuracy_pass.name for accuracy_pass in passes)
+    return [f"The passes that stay were then fitted to all calibration samples: {names}"]

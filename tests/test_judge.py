@@ -63,6 +63,11 @@ def test_the_worst_output_decides_or_the_weights(batches: list[torch.Tensor]) ->
     assert worst.agreement is None
 
 
+def test_steps_without_an_error_have_no_change() -> None:
+    steps = (JudgedStep("a", float("inf"), None), JudgedStep("b", float("inf"), None))
+    assert "nan" not in JudgedSteps("none", 1, steps).format_table()
+
+
 def test_unknown_weights_are_refused(batches: list[torch.Tensor]) -> None:
     with pytest.raises(qdq.ArgumentError, match="boxs"):
         Judge(TwoOutputs(), batches, weights={"boxs": 1.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -101,6 +102,45 @@ def test_balanced_rounds_weights_too(net: nn.Module, samples: torch.Tensor) -> N
     ]
     kept = [step for step in steps.steps if not step.is_undone]
     assert judge.measure("again", net).sqnr_db == pytest.approx(kept[-1].sqnr_db, abs=1e-6)
+
+
+def test_the_last_fit_has_the_options_of_the_pass(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    by_hand = copy.deepcopy(net)
+    qdq.round_weights(net, [samples[32:]], steps=7)
+    judge.measure("rounded", net)
+    qdq.recover_accuracy(net, [samples[32:]], judge, refit=[samples])
+    qdq.round_weights(by_hand, [samples], steps=7)
+    if len(list_passes(net)) == 2:
+        qdq.correct_bias(by_hand, [samples])
+
+    for name, values in by_hand.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
+
+
+def test_ctrl_c_in_the_last_fit_keeps_what_was_fitted(
+    net: nn.Module, samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+
+    def interrupt() -> Iterator[torch.Tensor]:
+        yield samples
+        raise KeyboardInterrupt
+
+    class Interrupted(list[torch.Tensor]):
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return interrupt()
+
+    by_hand = copy.deepcopy(net)
+    qdq.correct_bias(by_hand, [samples[32:]])
+    monkeypatch.setattr("qdq.recover.list", Interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        qdq.recover_accuracy(net, [samples[32:]], judge, refit=[samples])
+    for name, values in by_hand.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
 
 
 def test_best_tries_every_pass(net: nn.Module, samples: torch.Tensor) -> None:

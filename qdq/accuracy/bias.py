@@ -38,9 +38,9 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.batch import join_batches
-from qdq.corrections import AccuracyPass, record_pass
+from qdq.corrections import AccuracyPass, Snapshot, list_passes, record_pass, undo_passes
 from qdq.device import read_numbers, without_tf32
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, StateError
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
 from qdq.outputs import Mask, OutputView, Selection, is_masked, keep_rows
@@ -145,10 +145,17 @@ def correct_bias(
     plan = plan_layers(model, inputs)
     view = OutputView(outputs, mask)
     outputs_before = run_flat(model, inputs, view)
+    former = Snapshot(model)
+    if method == "analytic":
+        _take_back(model)
     for layer in plan.layers.values():
         layer.keep_float()
     correct = _correct_empirically if method == "empirical" else _correct_analytically
-    correction = correct(model, reference or model, plan, inputs, view)
+    try:
+        correction = correct(model, reference or model, plan, inputs, view)
+    except BaseException:  # half of the biases may be corrected
+        former.restore(model)
+        raise
     layers = list(correction.layers)
     for name, reason in plan.skipped.items():
         layers.append(CorrectedBias(name, 0.0, reason))
@@ -163,6 +170,21 @@ def correct_bias(
     )
     record_pass(model, AccuracyPass("correct_bias", again))
     return BiasCorrection(method=method, layers=tuple(layers), **vars(change))
+
+
+def _take_back(model: nn.Module) -> None:
+    """Take an earlier correction back: the analytic one is relative to the float biases.
+
+    Raises:
+        StateError: A pass has learned other weights, whose biases have their best value already.
+    """
+    learned = [entry.name for entry in list_passes(model) if entry.name != "correct_bias"]
+    if learned:
+        raise StateError(
+            f"{learned[-1]} has learned the weights, and the analytic correction is for the nearest codes.",
+            "use method 'empirical', or correct the biases without that pass.",
+        )
+    undo_passes(model)
 
 
 class _Correction(NamedTuple):

@@ -442,7 +442,8 @@ def _record(
     arguments: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, _Call] = {}
 
-    # Clones: a function in place may change the tensors later.
+    # Clones: a function in place may change the tensors later. The hooks come first, because a block is called with
+    # these arguments again, and other hooks, such as that of `smooth_inputs`, change them then.
     def enter(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         arguments[name] = map_tensors(torch.clone, (args, kwargs))
 
@@ -452,7 +453,9 @@ def _record(
     with ExitStack() as hooks, disable_quantization(model), explaining_joined():
         for block in blocks:
             module = modules[block.name]
-            handle = module.register_forward_pre_hook(partial(enter, block.name), with_kwargs=True)
+            handle = module.register_forward_pre_hook(
+                partial(enter, block.name), prepend=True, with_kwargs=True
+            )
             hooks.callback(handle.remove)
             hooks.callback(module.register_forward_hook(partial(leave, block.name)).remove)
         with evaluating(model):
@@ -490,7 +493,9 @@ def _reconstruct_in_order(
         try:
             for block in blocks:
                 hook = partial(learn, block)
-                handle = block.module.register_forward_pre_hook(hook, with_kwargs=True)
+                handle = block.module.register_forward_pre_hook(
+                    hook, prepend=True, with_kwargs=True
+                )
                 hooks[block.name] = handle
             with evaluating(model):
                 outputs = call_model(model, inputs)

@@ -25,7 +25,7 @@ from qdq.batch import count_samples, is_by_sample, map_leaves
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, DataError, QdqError, StateError
 from qdq.forward import call_model, evaluating, name_function, trace_forward
-from qdq.functions import WEIGHTED
+from qdq.functions import LINEAR, WEIGHTED
 from qdq.metrics import Array, decide_db, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.outputs import ALL_OUTPUTS, OutputView, expand_mask
@@ -257,6 +257,8 @@ def _describe_layers(
         if operation.function not in WEIGHTED or operation.module not in layers:
             continue
         intervals[operation.module] = flow.passing_interval(operation.outputs[0])
+        if operation.function not in LINEAR:
+            continue  # the channels of a convolution are not the last axis, over which a LayerNorm divides
         normalization = flow.normalization_behind(operation.outputs[0])
         if normalization is not None and _runs_once(model, flow, normalization.module):
             normalizations[operation.module] = normalization.module

@@ -16,6 +16,7 @@ from qdq import (
     round_weights,
     swap_modules,
 )
+from qdq.accuracy import bias
 from qdq.check.rules import find_violations
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
@@ -334,3 +335,51 @@ def test_error_that_a_norm_divides_away_counts_little():
     expected = bias + share @ (y - x @ w.t())
     correct_bias(model, [data])
     torch.testing.assert_close(layer.bias.detach(), expected.float(), rtol=1e-3, atol=1e-6)
+
+
+def quantized_pair():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    images = torch.randn(64, 16)
+    swap_modules(model, images, include=["*"])
+    calibrate_model(model, [images], method="max")
+    return model, images
+
+
+def test_the_analytic_correction_twice_is_that_of_once():
+    model, images = quantized_pair()
+    correct_bias(model, [images], method="analytic")
+    once = [parameter.clone() for parameter in model.parameters()]
+    correct_bias(model, [images], method="analytic")
+    torch.testing.assert_close(list(model.parameters()), once)
+
+
+def test_the_analytic_correction_is_refused_for_learned_weights():
+    model, images = quantized_pair()
+    round_weights(model, [images], steps=5)
+    with pytest.raises(StateError, match="round_weights has learned"):
+        correct_bias(model, [images], method="analytic")
+
+
+def test_an_interrupted_correction_changes_no_bias(monkeypatch):
+    model, images = quantized_pair()
+    before = [parameter.clone() for parameter in model.parameters()]
+    add_to_bias = bias.add_to_bias
+
+    def interrupt(layer, shift):
+        add_to_bias(layer, shift)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bias, "add_to_bias", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        correct_bias(model, [images])
+    torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
+
+
+def test_a_layer_norm_over_the_positions_of_a_convolution():
+    """It divides over another axis than that of the channels, so it weighs no row."""
+    model = nn.Sequential(nn.Conv1d(3, 16, 3, padding=1), nn.LayerNorm(20)).eval()
+    images = torch.randn(12, 3, 20)
+    swap_modules(model, images, include=["*"])
+    calibrate_model(model, [images], method="max")
+    report = correct_bias(model, [images])
+    assert not report.layers[0].reason

@@ -434,3 +434,20 @@ def test_the_gpu_learns_too(net, images, gpu):
     report = reconstruct_blocks(net.to(gpu), [images], steps=5)
     assert report.after_db > report.before_db - 0.5
     assert all(tensor.device.type == gpu.type for tensor in net.state_dict().values())
+
+
+def test_a_hook_of_a_single_layer_runs_once():
+    """`smooth_inputs` multiplies in a hook: the search must see the input before it, and not multiply again."""
+    layer = nn.Linear(12, 6)
+    images = torch.randn(64, 12)
+    plain = quantize(nn.Sequential(layer), images)
+    hooked = copy.deepcopy(plain)
+    weight = hooked[0].weight
+    with torch.no_grad():
+        weight.div_(2)
+    for quantizer in hooked[0].quantizers().values():
+        factor = 2 if quantizer is hooked[0].input_quantizer else 0.5
+        quantizer.amax = quantizer.amax * factor
+    hooked[0].register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    rows = [reconstruct_blocks(model, [images], steps=2).blocks[0] for model in (plain, hooked)]
+    assert rows[1].before == pytest.approx(rows[0].before, rel=1e-3)
