@@ -195,7 +195,7 @@ class Objective:
             outputs = call_model(self._model, batch)
         pairs = _pair_outputs(distillation.view, outputs, _ask(teacher, batch), batch)
         errors = [relative_error(*pair) for pair in pairs.values()]
-        self._start_errors = torch.stack([error.detach().cpu() for error in errors])
+        self._start_errors = torch.stack([error.detach() for error in errors])
 
     def pack(self) -> dict[str, torch.Tensor]:
         """What `balance` has measured, from which `unpack` continues."""
@@ -203,7 +203,10 @@ class Objective:
 
     def unpack(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue with what another objective has measured."""
-        self._start_errors = tensors.get(_START_ERRORS)
+        errors = tensors.get(_START_ERRORS)
+        if errors is not None:
+            errors = errors.to(next(self._model.parameters()).device)
+        self._start_errors = errors
 
 
 def _ask(teacher: nn.Module, batch: Any) -> Any:
@@ -313,10 +316,12 @@ def _combine(
     if weights is not None:
         factors = torch.tensor(weights, device=stacked.device)
         return (factors * stacked).sum() / factors.sum()
-    if start_errors is None or not start_errors.any():
+    if start_errors is None:
         return stacked.mean()
-    shares = start_errors.clamp_min(_MIN_START_ERROR * float(start_errors.max()))
-    return (stacked * (start_errors.mean() / shares).to(stacked.device)).mean()
+    # On a GPU, a condition on these values would wait for it in every step.
+    shares = torch.maximum(start_errors, _MIN_START_ERROR * start_errors.max())
+    factors = torch.where(shares > 0, start_errors.mean() / shares, 1.0)
+    return (stacked * factors.to(stacked.device)).mean()
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
