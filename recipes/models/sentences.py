@@ -215,6 +215,7 @@ def print_passes() -> None:
             print(f"{step:18} {name:8} {states:6.2f} dB  cosine {cosine:.4f}")
 
     qdq.swap_modules(model, fit[0])
+    qdq.rewire_operations(model, fit[0])
     qdq.calibrate_model(model, fit)
     show("calibrated")
     qdq.restore_modules(model)
