@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 EFFORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "fast": ("correct_bias",),
-        "balanced": ("correct_bias", "round_weights"),
-        "best": ("correct_bias", "round_weights", "reconstruct_blocks"),
+        "balanced": ("round_weights", "correct_bias"),
+        "best": ("round_weights", "reconstruct_blocks", "correct_bias"),
     }
 )
-"""Effort -> the passes that are tried, in this order."""
+"""Effort -> the passes that are tried, in this order. The first ones fit biases, too: so biases are corrected last, and
+only if that helps on top of them."""
 
 _LEAST_GAIN_DB = 0.05  # a pass that gains less is undone
 
