@@ -53,8 +53,7 @@ class SampleBatches:
         Raises:
             ArgumentError: `n` is below 1.
         """
-        if n < 1:
-            raise ArgumentError(f"n is {n}; it must be 1 or more.", "pass a positive n.")
+        _require_positive(n)
         if n >= self.num_samples:
             return self
         batches = []
@@ -152,6 +151,7 @@ class DrawnBatches:
         Raises:
             ArgumentError: `n` is below 1.
         """
+        _require_positive(n)
         if n >= self.num_samples:
             return self
         description = f"the first {n} of: {self.description}"
@@ -198,6 +198,12 @@ def draw_indices(items: Items, count: int, seed: int) -> tuple[list[int], str]:
     with seeded_rng(seed):
         indices = torch.randperm(len(items))[:count].tolist()
     return indices, f"{len(indices)} of {len(items)} {items.description}, drawn with seed {seed}"
+
+
+def _require_positive(n: int) -> None:
+    """Refuse a number of samples below 1."""
+    if n < 1:
+        raise ArgumentError(f"n is {n}; it must be 1 or more.", "pass a positive n.")
 
 
 def _describe_rest(n: int, description: str) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from qdq import ArgumentError, Labelled, SampleBatches
 from qdq.batch import count_samples, drop_samples, take_samples, tensors_of
-from qdq.workloads.sample_batches import ShuffledBatches
+from qdq.workloads.sample_batches import DrawnBatches, ShuffledBatches
 
 IMAGES = torch.arange(5 * 3 * 20 * 20, dtype=torch.float32).reshape(5, 3, 20, 20)
 TABLE = torch.arange(7)  # not by sample
@@ -87,3 +87,11 @@ def test_every_pass_of_a_training_has_another_order():
     first, second = ([int(batch) for batch in batches] for _ in range(2))
     assert first != second
     assert sorted(first) == sorted(second) == list(range(20))
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_fewer_than_one_sample_is_refused(n):
+    with pytest.raises(ArgumentError, match=f"n is {n}"):
+        SampleBatches([IMAGES], "images").subset(n)
+    with pytest.raises(ArgumentError, match=f"n is {n}"):
+        DrawnBatches(range(5), range(5), 2, "numbers").subset(n)
