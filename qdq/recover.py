@@ -12,6 +12,7 @@ from torch import nn
 from qdq.accuracy.adaround import round_weights
 from qdq.accuracy.bias import correct_bias
 from qdq.accuracy.blocks import reconstruct_blocks
+from qdq.batch import list_filled_batches
 from qdq.corrections import Snapshot, undo_passes
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.forward import require_model
@@ -74,6 +75,8 @@ def recover_accuracy(
 
     Raises:
         ArgumentError: An unknown effort.
+        ArgumentTypeError: What is no model, or one tensor or dictionary instead of batches.
+        DataError: No batch with samples.
         StateError: The judge has measured nothing yet.
     """
     require_model(model)
@@ -83,6 +86,7 @@ def recover_accuracy(
         )
     if not judge.steps:
         raise StateError("the judge has measured nothing yet.", "call judge.measure(name, model).")
+    batches = list_filled_batches(batches)  # once: each pass would read the samples again
     notes = []
     for name in EFFORTS[effort]:
         reason = _try_pass(model, name, batches, judge, outputs=outputs, mask=mask)
@@ -95,9 +99,7 @@ def recover_accuracy(
     return judge.conclude(notes)
 
 
-def _try_pass(
-    model: nn.Module, name: str, batches: Iterable[Any], judge: Judge, **view: Any
-) -> str:
+def _try_pass(model: nn.Module, name: str, batches: list[Any], judge: Judge, **view: Any) -> str:
     """Do a pass, measure it, and undo it if it is not worth it.
 
     Returns:
@@ -136,7 +138,7 @@ def _fit_again(model: nn.Module, batches: list[Any]) -> list[str]:
         if not isinstance(error, DataError | StateError):
             raise
         return [
-            f"the passes keep their fit to the samples without the held-out ones: {error.message}"
+            f"The passes keep their fit to the samples without the held-out ones: {error.message}"
         ]
     names = ", ".join(accuracy_pass.name for accuracy_pass in passes)
     return [f"The passes that stay were then fitted to all calibration samples: {names}"]

@@ -274,14 +274,12 @@ class SoftCodes:
     def __init__(
         self, ideal: torch.Tensor, fmt: Format, *, start: torch.Tensor | None = None
     ) -> None:
-        highest = fmt.qmax
-        lowest = max(fmt.qmin, -highest)
-        self.nearest = ideal.round().clamp(lowest, highest)
+        self.nearest = _clamp_codes(ideal.round(), fmt)
         # The largest weight keeps its code, so the range keeps its value.
         is_fixed = (ideal - self.nearest).abs() < _FIXED
         floor = ideal.floor()
-        self.low = torch.where(is_fixed, self.nearest, floor.clamp(lowest, highest))
-        self.high = torch.where(is_fixed, self.nearest, (floor + 1).clamp(lowest, highest))
+        self.low = torch.where(is_fixed, self.nearest, _clamp_codes(floor, fmt))
+        self.high = torch.where(is_fixed, self.nearest, _clamp_codes(floor + 1, fmt))
         self.span = self.high - self.low
         first = ideal if start is None else start
         fraction = ((first - self.low) / self.span.clamp_min(1)).clamp(0, 1)
@@ -294,6 +292,11 @@ class SoftCodes:
     def harden(self) -> torch.Tensor:
         """The codes that the sigmoids are closer to."""
         return torch.where(torch.sigmoid(self.logits.detach()) > 0.5, self.high, self.low)
+
+
+def _clamp_codes(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Codes in the range of a format, which is symmetric for weights."""
+    return codes.clamp(max(fmt.qmin, -fmt.qmax), fmt.qmax)
 
 
 def penalize_soft(up: torch.Tensor, step: int, steps: int) -> torch.Tensor:
@@ -355,7 +358,7 @@ class _Problem:
 
         self._ideal = (self._weight + move) / self.scale  # before rounding
         self._soft = SoftCodes(self._ideal, quantizer.format)
-        self.nearest = SoftCodes(self._weight / self.scale, quantizer.format).nearest
+        self.nearest = _clamp_codes((self._weight / self.scale).round(), quantizer.format)
 
     def loss(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the output with its best bias, summed over the filters."""

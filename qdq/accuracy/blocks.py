@@ -36,6 +36,7 @@ from qdq.accuracy.layerwise import (
     format_change,
     measure_change,
     plan_layers,
+    require_modules,
     run_flat,
     take_pair,
     weigh_passing,
@@ -433,12 +434,8 @@ def _record(
     Raises:
         ArgumentError: The model lacks one of the blocks.
     """
+    require_modules(model, [block.name for block in blocks])
     modules = dict(model.named_modules())
-    for block in blocks:
-        if block.name not in modules:
-            raise ArgumentError(
-                f"the reference has no module {block.name}.", "give a copy of the model itself."
-            )
     arguments: dict[str, tuple[Any, Any]] = {}
     calls: dict[str, _Call] = {}
 

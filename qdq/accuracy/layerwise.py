@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -397,12 +397,8 @@ def sample_outputs(
         samples[name] = Sample(chosen, rows[chosen].float(), plan.intervals[name], importance)
         return output
 
+    require_modules(model, plan.layers)
     modules = dict(model.named_modules())
-    for name in plan.layers:
-        if name not in modules:
-            raise ArgumentError(
-                f"the reference has no module {name}.", "give a copy of the model itself."
-            )
     layers = {name: modules[name] for name in plan.layers}
     with disable_quantization(model), _measuring_variances(modules, plan) as variances:
         outputs = visit_products(model, layers, inputs, record)
@@ -410,6 +406,24 @@ def sample_outputs(
         variance = variances[normalization][samples[name].positions]
         samples[name] = replace(samples[name], importance=variance.mean() / variance)
     return samples, flatten_outputs(outputs, inputs, view)
+
+
+def require_modules(reference: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a reference that is another model.
+
+    Args:
+        reference: The float model.
+        names: The modules that it must have, by dotted name.
+
+    Raises:
+        ArgumentError: It lacks one of them.
+    """
+    modules = dict(reference.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ArgumentError(
+                f"the reference has no module {name}.", "give a copy of the model itself."
+            )
 
 
 @contextmanager
