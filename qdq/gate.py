@@ -36,14 +36,14 @@ class GateCheck:
     Args:
         name: The limit as the command line spells it, "max-drop".
         limit: The limit (see `gate_run` for the units).
-        found: The value of the run, in the same unit.
+        value: The value of the run, in the same unit.
         passed: Whether the run meets the limit.
         message: The value, what it was compared with, and the limit, in one line.
     """
 
     name: str
     limit: float
-    found: float
+    value: float
     passed: bool
     message: str
 

@@ -52,7 +52,7 @@ def test_a_limit_is_kept_up_to_itself(name, met, missed):
     (check,) = report.failures
     assert check.name == name.replace("_", "-")
     assert check.limit == missed
-    assert check.found == pytest.approx(met)
+    assert check.value == pytest.approx(met)
     assert f"{missed:g}" in check.message
 
 
@@ -67,7 +67,7 @@ def test_unknown_work_is_said_to_be_unknown(tmp_path):
 def test_against_a_baseline():
     report = gate_run(WORSE, baseline=GOOD, max_drop=0.8, max_sqnr_drop=4.75)
     assert report.passed
-    assert [check.found for check in report.checks] == pytest.approx([0.8, 4.75])
+    assert [check.value for check in report.checks] == pytest.approx([0.8, 4.75])
     assert len(gate_run(WORSE, baseline=GOOD, max_drop=0.79, max_sqnr_drop=4.74).failures) == 2
     better = gate_run(GOOD, baseline=WORSE, max_drop=0)
     assert better.passed
@@ -392,7 +392,7 @@ def test_junit_and_json(tmp_path, capsys):
         ("min-sqnr", True),
         ("min-int8-macs", False),
     ]
-    assert content["checks"][1]["found"] == pytest.approx(0.7)
+    assert content["checks"][1]["value"] == pytest.approx(0.7)
 
 
 def test_what_cannot_be_judged_leaves_no_green_result_behind(tmp_path, capsys):
@@ -463,7 +463,7 @@ class TestTargets:
         assert gate_run(GOOD, targets=targets, min_speedup=1.1, max_latency_ms=5).passed
         report = gate_run(GOOD, targets=targets, min_speedup=1.11, max_latency_ms=4.99)
         assert [check.name for check in report.failures] == ["min-speedup", "max-latency-ms"]
-        assert [check.found for check in report.failures] == [1.1, 5.0]
+        assert [check.value for check in report.failures] == [1.1, 5.0]
         assert "on Orin, TensorRT 1 (" in report.failures[0].message
 
     def test_the_worst_of_two_targets_of_one_kind_counts(self, tmp_path):
@@ -472,7 +472,7 @@ class TestTargets:
         second.mkdir()
         targets = [self.write(first / "Orin", 0.5, 9.0), self.write(second / "Orin", 2.0, 1.0)]
         report = gate_run(GOOD, targets=targets, min_speedup=1.0, max_latency_ms=5.0)
-        assert [check.found for check in report.failures] == [0.5, 9.0]
+        assert [check.value for check in report.failures] == [0.5, 9.0]
         assert str(first / "Orin") in report.failures[0].message
 
     def test_a_failed_check_of_a_target_fails(self, tmp_path, capsys):

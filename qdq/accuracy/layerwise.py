@@ -552,9 +552,9 @@ def list_decibels(expected: FlatArrays, actual: FlatArrays) -> dict[str, float]:
     """SQNR of each output in dB; minus infinity for one that is missing or has another number of values."""
     decibels = {}
     for name, reference in expected.items():
-        found = actual.get(name)
-        is_same = found is not None and found.shape == reference.shape
-        decibels[name] = sqnr_db(reference, found) if is_same and found is not None else -math.inf
+        output = actual.get(name)
+        is_same = output is not None and output.shape == reference.shape
+        decibels[name] = sqnr_db(reference, output) if is_same and output is not None else -math.inf
     return decibels
 
 

@@ -188,5 +188,5 @@ def _suppress(boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
     values, order = scores[anchors, labels].sort(descending=True)
     values, order = values[:_MOST_CANDIDATES], order[:_MOST_CANDIDATES]
     anchors, labels = anchors[order], labels[order]
-    kept = batched_nms(boxes[anchors], values, labels, _MAX_IOU)[:_MOST_DETECTIONS]
-    return {"boxes": boxes[anchors[kept]], "scores": values[kept], "labels": labels[kept]}
+    best = batched_nms(boxes[anchors], values, labels, _MAX_IOU)[:_MOST_DETECTIONS]
+    return {"boxes": boxes[anchors[best]], "scores": values[best], "labels": labels[best]}
