@@ -32,8 +32,10 @@ from qdq.metrics import (
 from qdq.outputs import Mask, Selection
 from qdq.predictor import predict
 from qdq.quantizer import named_quantizers
+from qdq.text import printable
 
 _NUDGE = 2**-22  # of the input of a quantizer, to look for ties
+_SAME = 2**-20  # of the largest value: what float rounding alone may leave between samples
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class Evaluation:
     Args:
         images: Number of samples.
         candidates: The rows, the reference first.
+        constant_outputs: Outputs of the reference that are the same for all samples: their SQNR says nothing.
     """
 
     images: int
     candidates: tuple[Candidate, ...]
+    constant_outputs: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -115,6 +119,10 @@ class Evaluation:
             lines.append("  ".join([row, *scores]))
             for figures in candidate.outputs:
                 lines.append(_format_row(f"  {figures.name}", width, figures, None))
+        for name in self.constant_outputs:
+            lines.append(
+                f"{printable(name)} is the same for all {self.images} samples: its figures say nothing"
+            )
         return "\n".join(lines)
 
 
@@ -261,7 +269,25 @@ def evaluate_outputs(
         )
     if num_samples is None:
         num_samples = min(map(count_rows, name_arrays(reference).values()))  # padding adds rows
-    return Evaluation(num_samples, tuple(candidates))
+    return Evaluation(num_samples, tuple(candidates), _list_constant(reference))
+
+
+def _list_constant(reference: Outputs) -> tuple[str, ...]:
+    """Names of the floating-point outputs that do not depend on the sample; none if there is one sample."""
+    constant = []
+    for name, (batches, _) in pair_arrays(reference, reference).items():
+        samples = [sample for batch in list_batches(batches) for sample in batch]
+        if len(samples) > 1 and all(_is_same(samples[0], sample) for sample in samples[1:]):
+            constant.append(name)
+    return tuple(constant)
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Whether two samples of an output differ by float rounding at most; not if they are empty."""
+    if np.shape(first) != np.shape(second) or not np.size(first):
+        return False
+    difference = np.abs(np.subtract(first, second, dtype=np.float64)).max()
+    return bool(difference <= _SAME * np.abs(first).max())
 
 
 def _require_same_metrics(

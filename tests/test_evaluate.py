@@ -213,6 +213,16 @@ class TestTable:
         signal, noise = (self.reference**2).sum(), 2 * 2**2
         assert second.sqnr_db == pytest.approx(10 * math.log10(signal / noise))
 
+    def test_an_output_that_does_not_depend_on_the_sample(self):
+        constant = np.tile(self.reference[0], (3, 1)) * [[1], [1 + 1e-7], [1 - 1e-7]]
+        evaluation = evaluate_outputs({"float": {"scores": self.reference, "anchors": constant}})
+        assert evaluation.constant_outputs == ("anchors",)
+        assert "anchors is the same for all 3 samples" in evaluation.format_table()
+        varied = constant.copy()
+        varied[1, 2] += 1e-3
+        for outputs in (varied, constant[:1], [constant[:1], constant[:1, :2]]):
+            assert evaluate_outputs({"float": outputs}).constant_outputs == ()
+
     def test_without_labels(self):
         (only,) = evaluate_outputs({"float": self.reference}).candidates
         assert (only.top1, only.top5, only.megabytes) == (None, None, None)

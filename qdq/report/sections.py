@@ -42,6 +42,7 @@ class Evaluation(TypedDict):
 
     images: Count
     candidates: Annotated[list[Candidate], MinLen(1)]
+    constant_outputs: NotRequired[list[str]]
 
 
 class Summary(TypedDict):
