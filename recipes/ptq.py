@@ -177,6 +177,7 @@ def ptq(
         found=outputs["ONNX"],
         found_default=default_outputs,
         tie_floor_db=tie_floor_db,
+        gpu=analysis_options["gpu"],
     )
     qdq.save_references(net, calibration, run.references_file, exported.path)
 

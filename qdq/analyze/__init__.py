@@ -115,7 +115,7 @@ def analyze_layers(
         budget: Seconds. Only the first evaluation may begin after that. Units that are not measured by then have no
             gain and are listed in `unmeasured`; a step that is not finished by then is not taken. The ranking gets 3/4
             of the budget if layers may be left in float.
-        gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.analyze.cost.GPUS`).
+        gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.roofline.GPUS`).
         profile: Like `gpu`, with times measured in an engine: JSON of trtexec `--exportProfile`.
         path: File to which every measurement is appended; an interrupted analysis continues from it.
         cache_bytes: Limit on activations and quantized weights in memory; activations beyond it go to temporary files.

@@ -15,45 +15,15 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from qdq.batch import tensors_of
-from qdq.errors import ArgumentError, DataError
+from qdq.errors import DataError
 from qdq.forward import ForwardTrace
 from qdq.functions import PRODUCT_OPERATORS
 from qdq.quantizer import disable_quantization
+from qdq.roofline import ITEM_BYTES, NumberType, estimate_kernel, find_gpu
 from qdq.schema import read_json, validate
 from qdq.work import self_and_parents, trace_work
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """Dense peak rates of a GPU, from NVIDIA's data sheets.
-
-    Args:
-        int8: int8 operations per second, in 10^12.
-        fp16: fp16 operations per second on the tensor cores, in 10^12.
-        bandwidth: Memory traffic, in 10^9 bytes per second.
-    """
-
-    int8: float
-    fp16: float
-    bandwidth: float
-
-
-# Where a data sheet gives rates with sparsity, this table has half of them. Consumer cards: fp16 with fp16
-# accumulation. Checked in November 2026 against published tables of NVIDIA's data sheets: all of a100, h100, l40s and
-# t4, int8 of orin (170 with sparsity) and rtx4090, fp16 of rtx3090, and every bandwidth. a10 and l4 are computed as
-# tensor cores x operations x clock. int8 of rtx3090 is twice its fp16, and fp16 of orin and rtx4090 is half of their
-# int8: the ratio of these chips.
-GPUS = {
-    "a10": Gpu(250, 125, 600),
-    "a100": Gpu(624, 312, 2039),  # SXM, 80 GB
-    "h100": Gpu(1979, 989, 3350),  # SXM
-    "l4": Gpu(242, 121, 300),
-    "l40s": Gpu(733, 362, 864),
-    "orin": Gpu(85, 42.5, 204.8),  # the GPU of a Jetson AGX Orin 64GB, without its accelerators
-    "rtx3090": Gpu(284, 142, 936),
-    "rtx4090": Gpu(661, 330, 1008),
-    "t4": Gpu(130, 65, 320),
-}
+_TYPES: tuple[NumberType, ...] = ("int8", "fp16")
 
 
 @dataclass(frozen=True)
@@ -63,10 +33,12 @@ class LayerCost:
     Args:
         macs: Multiply-accumulate operations.
         values: Numbers that it reads and writes, weights included.
+        outputs: Numbers among them that it writes.
     """
 
     macs: int
     values: int
+    outputs: int
 
 
 @dataclass(frozen=True)
@@ -80,20 +52,6 @@ class SwitchCost:
 
     int8: float
     float16: float
-
-
-def find_gpu(name: str) -> Gpu:
-    """The rates of a GPU.
-
-    Raises:
-        ArgumentError: The name is not in `GPUS`.
-    """
-    if name not in GPUS:
-        raise ArgumentError(
-            f"gpu is {name!r}; expected one of {', '.join(GPUS)}.",
-            "use one of these, or give a profile.",
-        )
-    return GPUS[name]
 
 
 def count_costs(model: nn.Module, batch: Any) -> dict[str, LayerCost]:
@@ -118,9 +76,11 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
         batch: As for `forward.call_model`.
     """
     values: dict[str, int] = {}
+    outputs: dict[str, int] = {}
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            handle = module.register_forward_hook(_Traffic(name, values), with_kwargs=True)
+            traffic = _Traffic(name, values, outputs)
+            handle = module.register_forward_hook(traffic, with_kwargs=True)
             undo.callback(handle.remove)
         undo.enter_context(disable_quantization(model))
         trace, work = trace_work(model, batch)
@@ -128,13 +88,14 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
     for operation in trace.operations:
         if not operation.metered:
             continue
-        tensors = (*operation.inputs, *operation.outputs)
-        moved = sum(math.prod(trace.shapes[number]) for number in tensors)
-        values[operation.name] = values.get(operation.name, 0) + moved
+        read = sum(math.prod(trace.shapes[number]) for number in operation.inputs)
+        written = sum(math.prod(trace.shapes[number]) for number in operation.outputs)
+        values[operation.name] = values.get(operation.name, 0) + read + written
+        outputs[operation.name] = outputs.get(operation.name, 0) + written
     costs = {}
     for name, macs in work.macs.items():
         if name in values:
-            costs[name] = LayerCost(macs, values[name])
+            costs[name] = LayerCost(macs, values[name], outputs[name])
     return trace, costs
 
 
@@ -144,23 +105,25 @@ class _Traffic:
     Args:
         name: Dotted name of the module.
         values: Name -> sum; the hook adds to it.
+        outputs: Likewise for the numbers that it writes alone.
     """
 
-    def __init__(self, name: str, values: dict[str, int]) -> None:
+    def __init__(self, name: str, values: dict[str, int], outputs: dict[str, int]) -> None:
         self._name = name
         self._values = values
+        self._outputs = outputs
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        moved = sum(tensor.numel() for tensor in tensors_of((args, kwargs, output)))
+        read = sum(tensor.numel() for tensor in tensors_of((args, kwargs)))
+        written = sum(tensor.numel() for tensor in tensors_of(output))
         weights = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        self._values[self._name] = self._values.get(self._name, 0) + moved + weights
+        moved = read + written + weights
+        self._values[self._name] = self._values.get(self._name, 0) + moved
+        self._outputs[self._name] = self._outputs.get(self._name, 0) + written
 
 
 def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCost]:
-    """Roofline of every layer: the longer of its arithmetic and its traffic, at the peak rates of a GPU.
-
-    Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore architectures",
-    Communications of the ACM 52, 2009. A real kernel is slower; only the ratios between layers matter for a choice.
+    """Time of every layer in each type, by the roofline of a GPU (`qdq.roofline`).
 
     Raises:
         ArgumentError: An unknown GPU.
@@ -168,14 +131,16 @@ def estimate_times(costs: dict[str, LayerCost], gpu: str) -> dict[str, SwitchCos
     rates = find_gpu(gpu)
     times = {}
     for name, cost in costs.items():
-        int8_arithmetic = 2 * cost.macs / rates.int8 / 1e6
-        int8_traffic = cost.values / rates.bandwidth / 1e3
-        fp16_arithmetic = 2 * cost.macs / rates.fp16 / 1e6
-        fp16_traffic = 2 * cost.values / rates.bandwidth / 1e3
-        times[name] = SwitchCost(
-            int8=max(int8_arithmetic, int8_traffic),
-            float16=max(fp16_arithmetic, fp16_traffic),
-        )
+        microseconds: dict[NumberType, float] = {}
+        for number_type in _TYPES:
+            microseconds[number_type] = estimate_kernel(
+                rates,
+                number_type=number_type,
+                num_bytes=ITEM_BYTES[number_type] * cost.values,
+                macs=cost.macs,
+                outputs=cost.outputs,
+            )
+        times[name] = SwitchCost(int8=microseconds["int8"], float16=microseconds["fp16"])
     return times
 
 

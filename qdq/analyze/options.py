@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from qdq.analyze.cost import find_gpu, read_profile
+from qdq.analyze.cost import read_profile
 from qdq.analyze.sensitivity import METRICS, SQNR, OutputMetric
 from qdq.errors import ArgumentError
 from qdq.outputs import ALL_OUTPUTS, OutputView
+from qdq.roofline import find_gpu
 
 MODES = ("one-at-a-time", "leave-one-out")
 Metric = Callable[[nn.Module], float]

@@ -16,6 +16,9 @@ from qdq.check.parity import OnnxModel as OnnxModel
 from qdq.check.parity import Parity as Parity
 from qdq.check.parity import Session as Session
 from qdq.check.parity import measure_parity as measure_parity
+from qdq.check.payoff import LayerTime as LayerTime
+from qdq.check.payoff import Payoff as Payoff
+from qdq.check.payoff import predict_payoff
 from qdq.check.rules import FILE_RULES, SEVERITIES, Rule, choose_rules, find_violations
 from qdq.check.rules import Finding as Finding
 from qdq.check.rules import Severity as Severity
@@ -23,6 +26,7 @@ from qdq.files import as_path
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.graph.shapes import complete_shapes
 from qdq.metrics import Outputs
+from qdq.roofline import find_gpu
 from qdq.text import group_names, printable
 
 _SHOWN_NODES = 5
@@ -86,6 +90,7 @@ class CheckReport:
         parity: Against torch, None if no outputs were given.
         validity: Whether it is valid ONNX, with the verdicts of onnx and ONNX Runtime.
         default_parity: Of ONNX Runtime's default session against the plain one, None if its outputs were not given.
+        payoff: Predicted times in int8 and fp16, None if no GPU was given or the file does not show its sizes.
     """
 
     path: Path
@@ -98,6 +103,7 @@ class CheckReport:
     parity: Parity | None
     validity: Validity
     default_parity: Parity | None = None
+    payoff: Payoff | None = None
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -121,6 +127,8 @@ class CheckReport:
             lines += _format_parity(self.parity)
         if self.default_parity is not None:
             lines += _format_default_parity(self.default_parity)
+        if self.payoff is not None:
+            lines.append(self.payoff.format_table())
         lines += _format_findings(self.findings)
         return "\n".join(lines)
 
@@ -200,6 +208,7 @@ def check_onnx(
     found: Outputs | None = None,
     found_default: Outputs | None = None,
     tie_floor_db: float | Mapping[str, float] | None = None,
+    gpu: str | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
 ) -> CheckReport:
@@ -214,6 +223,8 @@ def check_onnx(
         found_default: Likewise, in ONNX Runtime's default session (`predictor.predict` with `session="default"`).
         tie_floor_db: SQNR with an error from ties only (`evaluate.measure_tie_floor`), so that ties do not count as a
             fault; for several outputs by name.
+        gpu: Also predict whether int8 pays on this GPU ("l4", "orin" ...; `qdq.roofline.GPUS`). A file without Q/DQ
+            has nothing to predict.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -221,11 +232,14 @@ def check_onnx(
         The report; the file is clean if `problems` is empty.
 
     Raises:
-        ArgumentError: `select` or `ignore` name a rule that does not exist, or outputs that cannot be compared.
+        ArgumentError: `select` or `ignore` name a rule that does not exist, an unknown GPU, or outputs that cannot be
+            compared.
         CheckError: The file cannot be read as ONNX at all.
     """
     path = as_path(path, "path")
     rules = choose_rules(select, ignore)
+    if gpu is not None:
+        find_gpu(gpu)
     loaded = load_onnx(path)
     facts = inspect_file(loaded)
     model = loaded.model
@@ -237,11 +251,14 @@ def check_onnx(
         _TORCH_PARITY: _compare(expected, found, tie_floor_db),
         _SESSION_PARITY: _compare(found, found_default, tie_floor_db),
     }
+    quantize_nodes, dequantize_nodes = count_qdq(model)
+    payoff = None
+    if gpu is not None and dequantize_nodes and not facts.has_cycle:
+        payoff = predict_payoff(model, gpu, **facts.inference)
     findings = [
-        *find_violations(model, rules, facts),
+        *find_violations(model, rules, facts, payoff),
         *_check_parities(path, rules, parities),
     ]
-    quantize_nodes, dequantize_nodes = count_qdq(model)
     return CheckReport(
         path=path,
         opset=model.opset_imports.get("", 0),
@@ -252,6 +269,7 @@ def check_onnx(
         findings=tuple(findings),
         parity=parities[_TORCH_PARITY],
         default_parity=parities[_SESSION_PARITY],
+        payoff=payoff,
         validity=_assess_validity(model, facts),
     )
 

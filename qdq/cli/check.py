@@ -18,6 +18,7 @@ def check(
     ignore: _RuleIds = (),
     explain: str | None = None,
     fix: Path | None = None,
+    gpu: str | None = None,
     json: Path | None = None,
     sarif: Path | None = None,
 ) -> int:
@@ -31,6 +32,7 @@ def check(
 
         qdq check runs/ptq/model.onnx --ignore QDQ114,QDQ121 --sarif check.sarif
         qdq check model.onnx --fix fixed.onnx
+        qdq check model.onnx --gpu l4
         qdq check --explain QDQ112
 
     Args:
@@ -40,6 +42,8 @@ def check(
         explain: Print what a rule looks for, why, and the evidence for it.
         fix: Write a copy to this file with all flaws fixed that can be fixed without changing a number, and check the
             copy. The file itself may be named; it stays untouched when there is nothing to fix.
+        gpu: Also predict whether int8 pays on this GPU: a10, a100, h100, l4, l40s, orin, orinnano, rtx3090, rtx4090,
+            rtxpro6000 or t4.
         json: Also write the report to this file.
         sarif: Also write the findings to this file, as SARIF 2.1.0.
     """
@@ -53,7 +57,7 @@ def check(
         return _explain_rule(explain)
     if onnx is None:
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
-    return _check_file(onnx, _split_ids(select), _split_ids(ignore), fix, json, sarif)
+    return _check_file(onnx, _split_ids(select), _split_ids(ignore), fix, gpu, json, sarif)
 
 
 def _explain_rule(rule: str) -> int:
@@ -76,6 +80,7 @@ def _check_file(
     select: list[str],
     ignore: list[str],
     fix: Path | None,
+    gpu: str | None,
     json: Path | None,
     sarif: Path | None,
 ) -> int:
@@ -88,10 +93,13 @@ def _check_file(
     from qdq.check.sarif import format_sarif
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
+    from qdq.roofline import find_gpu
     from qdq.run import guard_command
     from qdq.text import make_printable
 
     choose_rules(select, ignore)  # refuses unknown rules before anything is written
+    if gpu is not None:
+        find_gpu(gpu)
     guard_command(
         inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)]
     )
@@ -99,7 +107,7 @@ def _check_file(
     if fix is not None:
         _mend(onnx, fix)
         checked = fix
-    report = check_onnx(checked, select=select, ignore=ignore)
+    report = check_onnx(checked, gpu=gpu, select=select, ignore=ignore)
     print(make_printable(report).format_table())
     if json is not None:
         write_json(json, report)

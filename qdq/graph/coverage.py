@@ -229,7 +229,7 @@ def measure_coverage(
         data_prop: Whether shape inference may follow the values of shape computations.
     """
     if may_infer:
-        model = _copy_for_one_sample(model, data_prop)
+        model = copy_for_one_sample(model, data_prop)
 
     nodes = _select_nodes(model)
     macs_of_nodes = [count_macs(node) for node in nodes]
@@ -237,7 +237,7 @@ def measure_coverage(
 
     layers = []
     for node, macs in zip(nodes, macs_of_nodes, strict=True):
-        reason = _reason_for_float(node)
+        reason = reason_for_float(node)
         layer = LayerCoverage(
             name=node.name or "",
             module=module_of(node),
@@ -366,7 +366,7 @@ def count_qdq(model: ir.Model) -> tuple[int, int]:
     return ops.count("QuantizeLinear"), ops.count("DequantizeLinear")
 
 
-def _reason_for_float(node: ir.Node) -> str:
+def reason_for_float(node: ir.Node) -> str:
     """Why a node is not expected in int8, the simplest reason first.
 
     Args:
@@ -524,7 +524,7 @@ def _path_from(start: ir.Node, value: ir.Value | None) -> list[ir.Node]:
     return path
 
 
-def _copy_for_one_sample(model: ir.Model, data_prop: bool) -> ir.Model:
+def copy_for_one_sample(model: ir.Model, data_prop: bool) -> ir.Model:
     """A copy with a batch of 1 and with every shape that can be inferred."""
     try:
         copy = model.clone()

@@ -701,8 +701,9 @@ def test_106_numbers_of_scales_that_cannot_be_broadcast():
 
 
 def test_every_rule_has_a_broken_graph():
-    # QDQ190 and QDQ191 need outputs: test_check.py; the others a file: test_file.py
-    assert {case.split()[0] for case in BROKEN} == set(RULES) - {"QDQ190", "QDQ191"} - FILE_RULES
+    compared = {"QDQ190", "QDQ191"}  # need outputs: test_check.py; the others a file: test_file.py
+    predicted = {"QDQ150"}  # needs a GPU: test_payoff.py
+    assert {case.split()[0] for case in BROKEN} == set(RULES) - compared - predicted - FILE_RULES
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf"])

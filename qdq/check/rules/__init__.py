@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qdq.check.facts import FileFacts
+from qdq.check.payoff import Payoff
 from qdq.check.rules import (  # noqa: F401
     attention,
     history,
@@ -19,6 +20,7 @@ from qdq.check.rules import (  # noqa: F401
     pairs,
     placement,
     sharing,
+    speed,
     types,
 )
 from qdq.check.rules.file import FILE_RULES as FILE_RULES
@@ -36,7 +38,10 @@ from qdq.check.rules.view import GraphView as GraphView
 
 
 def find_violations(
-    model: ir.Model, rules: Iterable[Rule] | None = None, file: FileFacts | None = None
+    model: ir.Model,
+    rules: Iterable[Rule] | None = None,
+    file: FileFacts | None = None,
+    payoff: Payoff | None = None,
 ) -> list[Finding]:
     """All violations of a model, by rule and in graph order.
 
@@ -46,8 +51,9 @@ def find_violations(
         model: Not changed. Rules that need shapes report nothing if it has none.
         rules: Those to apply, all if None.
         file: Facts about the file; rules about files report nothing without them.
+        payoff: Predicted times on a GPU; the rule about them reports nothing without it.
     """
-    view = GraphView(model, file)
+    view = GraphView(model, file, payoff)
     findings: list[Finding] = []
     for rule in choose_rules() if rules is None else rules:
         try:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.check.facts import FileFacts
+from qdq.check.payoff import Payoff
 from qdq.check.signatures import describe_misfit
 from qdq.graph import pairs
 from qdq.graph.pairs import has_reference, input_of
@@ -33,11 +34,15 @@ class GraphView:
     Args:
         model: Not changed.
         file: Facts about the file that it was read from; None for a model in memory.
+        payoff: Its predicted times on a GPU; None if none was chosen.
     """
 
-    def __init__(self, model: ir.Model, file: FileFacts | None = None) -> None:
+    def __init__(
+        self, model: ir.Model, file: FileFacts | None = None, payoff: Payoff | None = None
+    ) -> None:
         self.model = model
         self.file = file
+        self.payoff = payoff
         self.opset = model.opset_imports.get("", 0)
         self.nodes: list[ir.Node] = [*model.graph.all_nodes()]
         for function in model.functions.values():
