@@ -146,7 +146,7 @@ def gate_run(
     _check_limits(limits, has_baseline=baseline is not None, has_targets=bool(targets))
 
     run = as_path(run, "run")
-    facts = _RunFacts(run, load_targets(targets))
+    facts = _RunFacts(run, targets)
     if baseline is None:
         checks = guarded(facts.path, lambda: _check_run(limits, facts, None))
         return GateReport(run, None, checks)
@@ -235,20 +235,20 @@ class _RunFacts:
 
     Args:
         run: Run folder, or the file.
-        targets: Results of targets.
+        targets: Files with results of targets.
 
     Raises:
         ArgumentError: There is no report.
-        DataError: The file is not the report of a run.
+        DataError: The file is not the report of a run, or a result is of another bundle.
     """
 
-    def __init__(self, run: Path, targets: Sequence[TargetResult] = ()) -> None:
+    def __init__(self, run: Path, targets: Sequence[Path | str] = ()) -> None:
         self.run = run
-        self.targets = targets
         self.path, content = read_report(run)
         fix = "give the report.json of a run, or run qdq ptq again."
         validate(JudgedSections, content, str(self.path), fix)
         self._content: dict[str, Any] = content
+        self.targets = load_targets(targets, content.get("model_sha256")) if targets else ()
         candidates = content["evaluation"]["candidates"]
         self.reference: dict[str, Any] = candidates[0]
         self.result: dict[str, Any] = candidates[-1]

@@ -439,7 +439,7 @@ class TestTargets:
     """Results that `verify.sh` wrote, here by hand."""
 
     @staticmethod
-    def write(path, speedup=None, int8_ms=2.0, failed=()):
+    def write(path, speedup=None, int8_ms=2.0, failed=(), model=64 * "a"):
         figures = {"int8_ms": int8_ms, **({"speedup": speedup} if speedup else {})}
         status = "passed" if speedup else "not checked"
         checks = [{"name": "time", "status": status, "text": "no float", "figures": figures}]
@@ -447,7 +447,8 @@ class TestTargets:
             checks.append({"name": name, "status": "failed", "text": "bad", "figures": {}})
         keys = ("tensorrt", "compute_capability", "system", "python", "numpy")
         result = {
-            "format": "qdq result 1",
+            "format": "qdq result 2",
+            "model_sha256": model,
             "verdict": "failed" if failed else "passed",
             "passed": 1,
             "failed": len(failed),
@@ -490,6 +491,18 @@ class TestTargets:
         with pytest.raises(DataError, match="has no speedup, and a limit asks for it: no float"):
             gate_run(GOOD, targets=[target], min_speedup=1.2)
         assert gate_run(GOOD, targets=[target], max_latency_ms=2).passed
+
+    def test_a_target_of_another_bundle_is_refused(self, tmp_path, capsys):
+        """Its times and numbers are of another model, however good they are."""
+        target = self.write(tmp_path / "L4", 1.6, model=64 * "b")
+        code, _, err = gate(capsys, GOOD, "--target", target, "--min-speedup", 1.5)
+        assert code == 2
+        assert "is of another bundle: it was made from an ONNX file with SHA-256 bbbb" in err
+
+    def test_a_report_that_does_not_tell_its_model(self, tmp_path):
+        report = changed(tmp_path, lambda content: content.pop("model_sha256"))
+        with pytest.raises(DataError, match="does not tell which ONNX file it is of"):
+            gate_run(report, targets=[self.write(tmp_path / "L4", 1.6)], min_speedup=1.5)
 
     def test_a_limit_without_a_target_is_an_error(self):
         with pytest.raises(ArgumentError, match="no result of a target"):

@@ -110,8 +110,9 @@ def make_bundle(
     Args:
         source: A run folder, or a QDQ ONNX file.
         output: The folder. It must be new or empty, or hold an earlier bundle, which is replaced.
-        inputs: Input name -> samples `[N, ...]`, one pair each. The references are then the outputs of the file in
-            ONNX Runtime. A run needs none: it kept samples and the outputs of its torch model.
+        inputs: Input name -> samples `[N, ...]`, one pair each; for a file with a fixed batch of B, N is a multiple of
+            B and a pair has B samples. A scalar is the same in all pairs. The references are then the outputs of the
+            file in ONNX Runtime. A run needs none: it kept samples and the outputs of its torch model.
         count: Most number of pairs.
         with_float: Also write the network without Q/DQ; only then can `verify.sh` say whether int8 is faster.
         archive: Also write `OUTPUT.tar.gz`.
@@ -162,7 +163,14 @@ def make_bundle(
         for name in _TARGET_FILES:
             write_atomic(staged / name, (_TARGET / name).read_bytes())
         expected = describe_bundle(
-            pairs, files, origin, floors, layers, variants.notes, list_digests(staged)
+            pairs,
+            files,
+            origin,
+            floors,
+            layers,
+            variants.notes,
+            list_digests(staged),
+            digest_file(onnx),
         )
         write_atomic(staged / EXPECTED_FILE, json.dumps(expected, indent=1) + "\n")
         sizes = replace_folder(staged, output)
@@ -247,17 +255,44 @@ def _compute_pairs(onnx: Path, inputs: Mapping[str, Array], count: int) -> list[
             f"{list_names(list(file.inputs), 5)}.",
             "give an array [N, ...] for each input.",
         )
-    numbers = {len(array) for array in inputs.values()}
+    pairs = []
+    for samples in _cut_samples(file, inputs)[:count]:
+        outputs = file(*samples.values())
+        pairs.append(Pair(samples, dict(zip(file.outputs, outputs, strict=True)), {}))
+    return pairs
+
+
+def _cut_samples(file: OnnxModel, inputs: Mapping[str, Array]) -> list[dict[str, Array]]:
+    """The inputs of each pair: one sample, or as many as the fixed batch of the file has.
+
+    Raises:
+        ArgumentError: They have different numbers of samples, none, or a part of a batch.
+    """
+    batch_sizes: dict[str, int] = {}
+    for name, shape in file.inputs.items():
+        if inputs[name].ndim == 0:
+            continue
+        first = shape[0] if shape else 1
+        batch_sizes[name] = first if isinstance(first, int) else 1
+        if len(inputs[name]) % batch_sizes[name]:
+            raise ArgumentError(
+                f"the input {printable(name)} has {len(inputs[name])} samples, and the file takes {first} at a time.",
+                f"give a multiple of {first}.",
+            )
+    numbers = {len(inputs[name]) // size for name, size in batch_sizes.items()} or {1}
     if len(numbers) != 1 or numbers == {0}:
         raise ArgumentError(
-            f"the inputs have {sorted(numbers)} samples.",
+            f"the inputs have {sorted(numbers)} samples or batches.",
             "give the same number of each, at least one.",
         )
     pairs = []
-    for number in range(min(count, *numbers)):
-        sample = {name: inputs[name][number : number + 1] for name in file.inputs}
-        outputs = file(*sample.values())
-        pairs.append(Pair(sample, dict(zip(file.outputs, outputs, strict=True)), {}))
+    for number in range(*numbers):
+        samples = {}
+        for name in file.inputs:
+            size = batch_sizes.get(name)
+            start = number * (size or 0)
+            samples[name] = inputs[name] if size is None else inputs[name][start : start + size]
+        pairs.append(samples)
     return pairs
 
 
@@ -335,7 +370,7 @@ def _write_arrays(
     for position, (name, array) in enumerate(arrays.items()):
         stem = f"{number}.{position}.{_UNSAFE.sub('_', name)}"
         (folder / place).mkdir(parents=True, exist_ok=True)
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
         files[name] = place / f"{stem}.bin"
         write_atomic(folder / files[name], little.tobytes())
         np.save(folder / place / f"{stem}.npy", little, allow_pickle=False)

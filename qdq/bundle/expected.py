@@ -29,6 +29,7 @@ def describe_bundle(
     layers: Sequence[LayerCoverage],
     notes: Sequence[str],
     digests: Mapping[str, str],
+    model_sha256: str,
 ) -> dict[str, Any]:
     """The content of `expected.json`.
 
@@ -40,12 +41,15 @@ def describe_bundle(
         layers: The products of the network.
         notes: What could not be made, and why.
         digests: File -> SHA-256. Each has a line of its own, which `verify.sh` reads.
+        model_sha256: Digest of the ONNX file that the bundle is made from. The result has it as well, so that it is
+            taken for no other run.
     """
     first = pairs[0]
     content: dict[str, Any] = to_jsonable(
         {
             "format": BUNDLE_FORMAT,
             "qdq": qdq.__version__,
+            "model_sha256": model_sha256,
             "notes": notes,
             "references": origin,
             "tolerance": _TOLERANCE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing_extensions import TypedDict
 
 from qdq.bundle.commands import RESULTS
 from qdq.errors import ArgumentError, DataError
+from qdq.files import write_atomic
 from qdq.pairs import digest_file
 from qdq.schema import read_json, validate
 from qdq.text import printable
@@ -54,6 +56,9 @@ def list_digests(folder: Path) -> dict[str, str]:
 def replace_folder(staged: Path, folder: Path) -> dict[str, int]:
     """Move the files of a new bundle into its folder, and remove those of an earlier one and its results.
 
+    While it works, `expected.json` lists the files of both. So after an interruption the folder can be replaced again,
+    and `verify.sh` in it says that files are missing.
+
     Args:
         staged: The new bundle, complete, on the same file system.
         folder: The folder; `require_place` has accepted it.
@@ -62,16 +67,21 @@ def replace_folder(staged: Path, folder: Path) -> dict[str, int]:
         File, relative to the folder -> bytes.
     """
     listing = _read_listing(folder) if folder.exists() else None
-    former = [] if listing is None else [*listing["files"], EXPECTED_FILE, RESULT_FILE]
-    for name in former:
+    digests = list_digests(staged)
+    former = {} if listing is None else listing["files"]
+    unfinished = {"format": BUNDLE_FORMAT, "files": {**former, **digests}}
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / EXPECTED_FILE, json.dumps(unfinished, indent=1) + "\n")
+    for name in [*former, RESULT_FILE] if listing is not None else []:
         path = folder / name
         if path.is_file() and folder.resolve() in path.resolve().parents:
             path.unlink()
     if listing is not None:
         shutil.rmtree(folder / RESULTS, ignore_errors=True)
 
+    del digests[EXPECTED_FILE]
     sizes = {}
-    for name in list_digests(staged):
+    for name in [*digests, EXPECTED_FILE]:  # the listing of both goes last
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         (staged / name).replace(target)

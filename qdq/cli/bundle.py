@@ -41,7 +41,8 @@ def bundle(
         source: Run folder, or an ONNX file with Q/DQ.
         output: Folder to write: new, empty, or an earlier bundle, which is replaced.
         inputs: File .npz with an array [N, ...] for each input. A run folder has samples of its own; an ONNX file needs
-            them, and its references are then what ONNX Runtime computes.
+            them, and its references are then what ONNX Runtime computes. A file with a fixed batch of B takes B samples
+            for each pair, and a scalar is the same in all pairs.
         pairs: Most number of samples.
         with_float: Also write the network without Q/DQ; only then can the target say whether int8 is faster.
         archive: Also write OUTPUT.tar.gz.

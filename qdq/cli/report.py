@@ -72,7 +72,8 @@ def _render(runs: tuple[Path, ...], target: tuple[Path, ...]) -> tuple[str, obje
     from qdq.report.targets import load_targets
 
     if len(runs) == 1:
-        loaded, results = load_report(runs[0]), load_targets(target)
+        loaded = load_report(runs[0])
+        results = load_targets(target, loaded.data.get("model_sha256"))
         content = dict(loaded.data)
         if results:
             content["targets"] = [result.data for result in results]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qdq.files import to_jsonable, write_atomic, write_json
+from qdq.pairs import digest_file
 from qdq.report.load import REPORT_FORMAT, load_report
 from qdq.report.page import render_report
 from qdq.run import PAGE_FILE, Run
@@ -223,6 +224,7 @@ def _collect_sections(
     return {
         "format": REPORT_FORMAT,
         "model": f"{workload.name}, {workload.weights}",
+        "model_sha256": digest_file(results.check.path),
         "data": _describe_data(workload.calibration, workload.evaluation),
         "summary": _summarize(results, layers),
         "findings": _list_findings(results),

@@ -239,6 +239,7 @@ class StoredSections(TypedDict):
 
     format: str
     model: str
+    model_sha256: NotRequired[str]
     data: Data
     summary: Summary
     findings: list[str]

@@ -17,7 +17,7 @@ from qdq.report.wording import NOTHING
 from qdq.schema import describe, read_json, validate
 from qdq.text import printable
 
-RESULT_FORMAT = "qdq result 1"
+RESULT_FORMAT = "qdq result 2"
 """Marks a result that this version can read."""
 
 Status = Literal["passed", "failed", "not checked"]
@@ -53,6 +53,7 @@ class _StoredResult(TypedDict):
     passed: Count
     failed: Count
     not_checked: Count
+    model_sha256: str
     environment: TargetEnvironment
     checks: list[TargetCheck]
 
@@ -112,13 +113,42 @@ class TargetRow:
     cells: tuple[TargetCell, ...]
 
 
-def load_targets(paths: Sequence[Path | str]) -> tuple[TargetResult, ...]:
+def load_targets(paths: Sequence[Path | str], model_sha256: str | None) -> tuple[TargetResult, ...]:
     """Read results of targets.
 
+    Args:
+        paths: The files.
+        model_sha256: Digest of the ONNX file of the run; None if its report does not tell it.
+
     Raises:
-        DataError: A file cannot be read, or is not such a result.
+        DataError: A file cannot be read, is not such a result, or is of a bundle of another ONNX file.
     """
-    return tuple(_load_target(as_path(path, "target")) for path in paths)
+    targets = []
+    for path in paths:
+        target = _load_target(as_path(path, "target"))
+        _require_model(target, model_sha256)
+        targets.append(target)
+    return tuple(targets)
+
+
+def _require_model(target: TargetResult, model_sha256: str | None) -> None:
+    """Refuse the result of another bundle: its numbers say nothing about this run.
+
+    Raises:
+        DataError: It is of another ONNX file than the run, or the run does not tell which one it has.
+    """
+    if model_sha256 is None:
+        raise DataError(
+            "the report does not tell which ONNX file it is of: an earlier qdq wrote it.",
+            "run the recipe again, make the bundle again, and verify it.",
+        )
+    bundled = target.data["model_sha256"]
+    if bundled != model_sha256:
+        raise DataError(
+            f"{printable(target.path)} is of another bundle: it was made from an ONNX file with SHA-256 "
+            f"{printable(bundled) or 'unknown'}, and that of the run has {printable(model_sha256)}.",
+            "give the result.json of the bundle that was made from this run.",
+        )
 
 
 def _load_target(path: Path) -> TargetResult:

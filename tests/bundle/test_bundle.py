@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,6 +16,9 @@ import qdq
 from qdq.bundle import make_bundle
 from qdq.cli.main import main
 from qdq.pairs import load_pairs, save_pairs
+
+
+REFERENCES = "references.safetensors"
 
 
 def read_expected(folder):
@@ -34,7 +38,7 @@ def db(reference, outputs):
 
 
 class TestContents:
-    def test_files_and_their_digests(self, made):
+    def test_files_and_their_digests(self, made, run_folder):
         expected = read_expected(made.folder)
         names = {path.as_posix() for path in contents(made.folder)}
         assert names == {*expected["files"], "expected.json"}
@@ -44,6 +48,7 @@ class TestContents:
             *("references/1.1.b.bin", "references/float/0.0.a.npy"),
         } <= names
         assert expected["format"] == "qdq bundle 1"
+        assert expected["model_sha256"] == load_pairs(run_folder / REFERENCES).model_sha256
         assert made.files.keys() == names
 
     def test_raw_values_are_those_of_the_arrays(self, made):
@@ -139,6 +144,31 @@ class TestPlaces:
         assert not (folder / "inputs/1.0.x.bin").exists()
         assert (folder / "notes.md").read_text() == "mine"
 
+    @pytest.mark.parametrize("moved", [0, 3])
+    def test_after_an_interruption_it_is_replaced_again(
+        self, made, run_folder, tmp_path, monkeypatch, moved
+    ):
+        """The process ends after some files of the new bundle are there and those of the old are not."""
+        folder = shutil.copytree(made.folder, tmp_path / "bundle")
+        rename, renamed = Path.replace, []
+
+        def stop(path, target):
+            if folder in Path(target).parents and Path(target).name != "expected.json":
+                renamed.append(target)
+                if len(renamed) > moved:
+                    raise KeyboardInterrupt
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make_bundle(run_folder, folder, count=1)
+        monkeypatch.undo()
+        listed = read_expected(folder)["files"]
+        assert {path.as_posix() for path in contents(folder)} <= {*listed, "expected.json"}
+        again = make_bundle(run_folder, folder, count=1)
+        assert {path.as_posix() for path in contents(folder)} == again.files.keys()
+        assert "pairs" in read_expected(folder)
+
     def test_a_folder_with_other_files_is_refused(self, run_folder, tmp_path):
         (tmp_path / "notes.md").write_text("mine")
         with pytest.raises(qdq.ArgumentError, match="holds files and is not a bundle"):
@@ -192,6 +222,50 @@ class TestSources:
         assert "TensorRT 8.6 takes int64 inputs as int32" in commands
         (product,) = read_expected(folder)["products"]
         assert product["node"] == "node_of_m"  # as TensorRT's parser names a node without a name
+
+    def test_a_file_with_a_fixed_batch(self, run_folder, tmp_path):
+        model = onnx.load(run_folder / "model.onnx")
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 2
+        del model.graph.value_info[:]
+        onnx.save(model, tmp_path / "m.onnx")
+        x = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
+        folder = make_bundle(tmp_path / "m.onnx", tmp_path / "b", inputs={"x": x}).folder
+        assert len(read_expected(folder)["pairs"]) == 3
+        assert np.array_equal(np.load(folder / "inputs/1.0.x.npy"), x[2:4])
+        reference = np.load(folder / "references/1.0.a.npy")
+        expected = onnxruntime.InferenceSession(run_folder / "model.onnx").run(["a"], {"x": x})[0]
+        assert db(expected[2:4], reference) > 40
+        with pytest.raises(
+            qdq.ArgumentError, match="has 5 samples, and the file takes 2 at a time"
+        ):
+            make_bundle(tmp_path / "m.onnx", tmp_path / "c", inputs={"x": x[:5]})
+
+    def test_a_scalar_input_is_the_same_in_all_pairs(self, tmp_path):
+        text = """<ir_version: 9, opset_import: ["": 17]>
+        g (float[N,4] x, float factor) => (float[N,4] y)
+        <float s = {0.1}, int8 z = {0},
+         int8[4,4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3, 4, 5, 6, 7}, float ws = {0.1}>
+        {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            wd = DequantizeLinear (w, ws, z)
+            m = MatMul (d, wd)
+            y = Mul (m, factor)
+        }"""
+        onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+        x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+        inputs = {"x": x, "factor": np.array(3, np.float32)}
+        folder = make_bundle(tmp_path / "m.onnx", tmp_path / "bundle", inputs=inputs).folder
+        for number in (0, 1):
+            stored = np.load(folder / f"inputs/{number}.1.factor.npy")
+            assert (stored.shape, float(stored)) == ((), 3.0)
+            assert np.fromfile(folder / f"inputs/{number}.1.factor.bin", np.float32) == [3]
+        codes = np.clip(np.rint(x / np.float32(0.1)), -128, 127) * 0.1
+        weights = np.array([*range(1, 10), *range(1, 8)]).reshape(4, 4) * 0.1
+        assert np.load(folder / "references/1.0.y.npy") == pytest.approx(
+            3 * codes[1:] @ weights, rel=1e-5
+        )
 
     def test_an_onnx_file_without_inputs(self, run_folder, tmp_path):
         shutil.copy(run_folder / "model.onnx", tmp_path / "m.onnx")

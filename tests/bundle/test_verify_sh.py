@@ -40,7 +40,9 @@ def test_a_sound_engine_passes(bundle, tmp_path, version, shell):
     process = verify(bundle, trtexec, "--gpu", "pretended gpu", shell=find_shell(shell), seed=1)
     assert process.returncode == 0, process.stdout + process.stderr
     result = json.loads((bundle / "result.json").read_text())
-    assert result["format"] == "qdq result 1"
+    assert result["format"] == "qdq result 2"
+    expected = json.loads((bundle / "expected.json").read_text())
+    assert result["model_sha256"] == expected["model_sha256"]
     assert result["environment"]["tensorrt"] == version
     assert result["environment"]["gpu"] == "NVIDIA Pretended GPU"
     checks = read_checks(bundle)

@@ -12,6 +12,8 @@ from qdq.report.page import render_report
 from qdq.report.targets import list_target_rows, load_targets
 from qdq.report.wording import NOTHING
 
+MODEL = 64 * "a"
+
 
 def write_result(path, gpu, checks, verdict="passed"):
     counts = {}
@@ -25,7 +27,8 @@ def write_result(path, gpu, checks, verdict="passed"):
         "python": "none",
         "numpy": "none",
     }
-    result = {"format": "qdq result 1", "verdict": verdict, **counts, "environment": environment}
+    result = {"format": "qdq result 2", "verdict": verdict, **counts, "environment": environment}
+    result["model_sha256"] = MODEL
     path.write_text(json.dumps({**result, "checks": checks}))
     return path
 
@@ -46,7 +49,7 @@ def two_targets(tmp_path):
 
 
 def test_one_column_for_each_target(two_targets):
-    targets = load_targets(two_targets)
+    targets = load_targets(two_targets, MODEL)
     names = [target.name for target in targets]
     assert names == ["NVIDIA L4, TensorRT 10.3.0", "Orin, TensorRT 10.3.0"]
     rows = {row.name: row.cells for row in list_target_rows(targets)}
@@ -61,7 +64,7 @@ def test_one_column_for_each_target(two_targets):
 def test_the_page_shows_them(two_targets, tmp_path):
     report = parse_report(make_report(["conv1", "conv2"]), tmp_path / "report.json")
     assert 'id="target"' not in render_report(report)
-    page = render_report(report, load_targets(two_targets))
+    page = render_report(report, load_targets(two_targets, MODEL))
     assert page.count("NVIDIA L4, TensorRT 10.3.0") == 1
     assert "&lt;b&gt;conv2" in page
     assert "<b>conv2" not in page
@@ -70,7 +73,8 @@ def test_the_page_shows_them(two_targets, tmp_path):
 def test_the_command(two_targets, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "report.json").write_text(json.dumps(make_report(["conv1", "conv2"])))
+    report = make_report(["conv1", "conv2"], model_sha256=MODEL)
+    (run / "report.json").write_text(json.dumps(report))
     page, content = tmp_path / "page.html", tmp_path / "page.json"
     files = [*map(str, two_targets), "-o", str(page), "--json", str(content)]
     with pytest.raises(SystemExit) as exit:
@@ -96,10 +100,22 @@ def test_another_file_is_refused(tmp_path, change, message):
     path = write_result(tmp_path / "r.json", "L4", [])
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(qdq.DataError, match=message):
-        load_targets([path])
+        load_targets([path], MODEL)
 
 
 def test_a_file_that_is_no_result(tmp_path):
     (tmp_path / "r.json").write_text("[1]")
     with pytest.raises(qdq.DataError, match="is not the result of a target: its format is null"):
-        load_targets([tmp_path / "r.json"])
+        load_targets([tmp_path / "r.json"], MODEL)
+
+
+def test_the_result_of_another_bundle_is_refused(two_targets, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    report = make_report(["conv1", "conv2"], model_sha256=64 * "b")
+    (run / "report.json").write_text(json.dumps(report))
+    with pytest.raises(SystemExit) as exit:
+        main(["report", str(run), "--target", str(two_targets[0])])
+    assert exit.value.code == 2
+    assert "l4.json is of another bundle" in capsys.readouterr().err
+    assert not (run / "report.html").exists()

@@ -49,10 +49,11 @@ count_checks() {
 # write_result VERDICT
 write_result() {
   {
-    printf '{\n "format": "qdq result 1",\n "verdict": "%s",\n' "$1"
+    printf '{\n "format": "qdq result 2",\n "verdict": "%s",\n' "$1"
     printf ' "passed": %s,\n "failed": %s,\n "not_checked": %s,\n' \
       "$(count_checks passed)" "$(count_checks failed)" "$(count_checks 'not checked')"
     printf ' "expected_sha256": %s,\n' "$(quote_json "$expected_digest")"
+    printf ' "model_sha256": %s,\n' "$(quote_json "$model_digest")"
     printf ' "environment": {\n'
     printf '  "tensorrt": %s,\n' "$(quote_json "$version")"
     printf '  "gpu": %s,\n' "$(quote_json "$gpu")"
@@ -186,7 +187,7 @@ check_files() {
     return
   fi
   expected_digest=${expected_digest%% *}
-  sed -n 's/^ *"\(.*\)": "\([0-9a-f]\{64\}\)",\{0,1\}$/\2  \1/p' expected.json >"$results/digests"
+  sed -n 's/^  "\(.*\)": "\([0-9a-f]\{64\}\)",\{0,1\}$/\2  \1/p' expected.json >"$results/digests"
   total=$(wc -l <"$results/digests" | tr -d ' ')
   if [ "$total" = 0 ]; then
     record failed files "expected.json lists no files: it is damaged; copy the bundle again"
@@ -349,9 +350,11 @@ if ! mkdir "$results" || ! : >"$checks"; then
   exit 2
 fi
 expected_digest=
+model_digest=
 for file in commands.sh expected.json; do
   [ -f $file ] || give_up "the bundle has no $file; copy it again."
 done
+model_digest=$(sed -n 's/^ "model_sha256": "\(.*\)",$/\1/p' expected.json)
 # shellcheck source=/dev/null
 . ./commands.sh
 
