@@ -17,7 +17,6 @@ from qdq.bundle import make_bundle
 from qdq.cli.main import main
 from qdq.pairs import load_pairs, save_pairs
 
-
 REFERENCES = "references.safetensors"
 
 
