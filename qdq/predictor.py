@@ -1,4 +1,4 @@
-"""Outputs of modules and ONNX files: for one batch, or for all of them."""
+"""Outputs of modules, ONNX files and engines: for one batch, or for all of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from qdq.batch import list_leaves, require_batches, split_inputs, tensors_of
 from qdq.check import OnnxModel, Session
 from qdq.device import without_tf32
+from qdq.engine import Engine, is_engine, load_engine
 from qdq.errors import ArgumentTypeError, DataError, is_out_of_memory
 from qdq.forward import call_model, evaluating, name_leaves
 from qdq.metrics import Array, Batches, Outputs
@@ -45,10 +46,11 @@ def predict(
     GPU, a module runs without TF32, whose error is as large as one of int8.
 
     Args:
-        model: A module, or the path of an ONNX file (run by ONNX Runtime on the CPU).
+        model: A module, the path of an ONNX file (run by ONNX Runtime on the CPU), or that of an engine (`.engine`,
+            `.plan` or `.trt`, run by TensorRT on the GPU).
         batches: As for `forward.call_model`: tensors, `(images, labels)`, dictionaries or `Labelled`.
         session: Session of ONNX Runtime. "plain" computes exactly what is in the file, "default" is what its users get
-            (`check.OnnxModel`). A module needs none.
+            (`check.OnnxModel`). Modules and engines need none.
         outputs: Parts to return: name -> name of an output (`outputs.name_outputs`), or a function of all named
             outputs that returns the part. It gets tensors, also for a file. None: all outputs.
         mask: The name of an input, such as "attention_mask", or a function of the batch that returns a tensor; it is 0
@@ -64,6 +66,8 @@ def predict(
         DataError: No batch, not enough memory for one, one that is not on the device of the module, or a mask that fits
             no output.
         CheckError: The ONNX file cannot be run on them.
+        BuildError: The engine cannot be loaded here.
+        DependencyError: There is no GPU or no TensorRT for an engine.
     """
     require_batches(batches)
     view = OutputView(outputs, mask)
@@ -124,11 +128,27 @@ def _make_runner(
     if isinstance(model, nn.Module):
         return partial(_run_module, model, view=view)
     if isinstance(model, str | Path):
-        return partial(_run_file, OnnxModel(Path(model), session=session), view=view)
+        return partial(_run_file, open_file(Path(model), session), view=view)
     raise ArgumentTypeError(
         f"model is of type {type(model).__name__}.",
-        "pass a module, or the path of an ONNX file.",
+        "pass a module, or the path of an ONNX file or an engine.",
     )
+
+
+def open_file(path: Path, session: Session = "plain") -> OnnxModel | Engine:
+    """An ONNX file or an engine as a function of arrays.
+
+    Args:
+        path: The file.
+        session: As for `predict`.
+
+    Raises:
+        ArgumentError: As for `predict`.
+        BuildError: Likewise.
+        CheckError: Likewise.
+        DependencyError: Likewise.
+    """
+    return load_engine(path) if is_engine(path) else OnnxModel(path, session=session)
 
 
 def _join(arrays: list[Array]) -> Batches:
@@ -145,8 +165,8 @@ def _unwrap(named: dict[str, Batches]) -> Outputs:
     return named
 
 
-def _run_file(model: OnnxModel, batch: Any, view: OutputView) -> dict[str, Array]:
-    """Outputs of an ONNX file on one batch."""
+def _run_file(model: OnnxModel | Engine, batch: Any, view: OutputView) -> dict[str, Array]:
+    """Outputs of an ONNX file or an engine on one batch."""
     inputs = list_file_inputs(model, batch)
     outputs = {}
     for name, array in zip(model.outputs, model(*inputs), strict=True):
@@ -155,7 +175,7 @@ def _run_file(model: OnnxModel, batch: Any, view: OutputView) -> dict[str, Array
     return _to_arrays(outputs, batch, view)
 
 
-def list_file_inputs(model: OnnxModel, batch: Any) -> list[Any]:
+def list_file_inputs(model: OnnxModel | Engine, batch: Any) -> list[Any]:
     """The arrays that a file takes for a batch, in the order of its inputs.
 
     Args:

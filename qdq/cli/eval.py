@@ -1,4 +1,4 @@
-"""`qdq eval`: a float model and ONNX files on the same samples."""
+"""`qdq eval`: a float model, ONNX files and engines on the same samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate_files(
     seed: UInt32 = 0,
     json: Path | None = None,
 ) -> int:
-    """Compare ONNX files with the float model on the same samples.
+    """Compare ONNX files and engines with the float model on the same samples.
 
     Prints the metrics of the task, or top-1 and top-5 if labels are known, and how far each file is from the float
     model: top-1 agreement and SQNR. The samples on which `qdq ptq` calibrates are left out.
@@ -34,10 +34,12 @@ def evaluate_files(
 
         qdq eval runs/ptq/model.onnx
         qdq eval a.onnx b.onnx --model resnet50 --data /data/imagenet
+        qdq eval model.onnx model.rtx.engine --batch-size 1
         qdq eval a.onnx --model net.py:build --data net.py:batches --metric net.py:score
 
     Args:
-        onnx: ONNX files, which ONNX Runtime runs on the CPU; without any, only the model is evaluated.
+        onnx: ONNX files, which ONNX Runtime runs on the CPU, and engines (.engine, .plan or .trt), which run on the
+            GPU that they were built for. Without any, only the model is evaluated.
         model: The float model that the files are compared with, as for `qdq ptq`.
         weights: DEFAULT, another torchvision name, random, or the path of a checkpoint.
         data: As for `qdq ptq`.
@@ -51,11 +53,10 @@ def evaluate_files(
         seed: Seed of random weights, and of the choice and the crops of images.
         json: Also write the table, and the device, to this file.
     """
-    from qdq.check import OnnxModel
     from qdq.device import choose_device, describe_device
     from qdq.evaluate import evaluate_outputs
     from qdq.files import to_jsonable, write_json
-    from qdq.predictor import predict
+    from qdq.predictor import open_file, predict
     from qdq.text import MOST_CHARACTERS, make_printable, printable
     from qdq.workloads import load_workload
     from qdq.workloads.workload import WorkloadOptions
@@ -63,7 +64,7 @@ def evaluate_files(
     _guard_files(onnx, list_named_files(model, data, metric), data, weights, json)
     run_device = choose_device(device)
     for path in onnx:
-        OnnxModel(path)  # refuses a bad file now, not after the float model has run
+        open_file(path)  # refuses a bad file now, not after the float model has run
     workload = load_workload(
         WorkloadOptions(
             model=model,

@@ -123,11 +123,18 @@ def _find_any() -> Backend:
         ) from error
 
 
-def _load(name: str) -> Backend:
-    """Import a backend and check that it can create a builder."""
+def import_package(name: str) -> ModuleType:
+    """Import the package of a backend.
+
+    Args:
+        name: `rtx` or `tensorrt`.
+
+    Raises:
+        DependencyError: It is not installed, or cannot be imported.
+    """
     package = _MODULES[name]
     try:
-        module = importlib.import_module(package)
+        return importlib.import_module(package)
     except (
         ImportError,
         OSError,
@@ -136,6 +143,11 @@ def _load(name: str) -> Backend:
         raise DependencyError(
             f"the package {package} cannot be imported: {error}.", f"pip install 'qdq[{name}]'"
         ) from error
+
+
+def _load(name: str) -> Backend:
+    """Import a backend and check that it can create a builder."""
+    module = import_package(name)
     log = make_logger(module)
     try:
         module.Builder(log)
@@ -147,7 +159,7 @@ def _load(name: str) -> Backend:
         if name == "tensorrt":
             fix = "choose backend 'rtx', which builds without a GPU."
         raise DependencyError(
-            f"{package} {module.__version__} cannot build on this machine: {cause}.", fix
+            f"{module.__name__} {module.__version__} cannot build on this machine: {cause}.", fix
         ) from error
     return Backend(name, module)
 
