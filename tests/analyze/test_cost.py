@@ -16,7 +16,7 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
-from qdq.analyze.cost import count_costs, load_times
+from qdq.analyze.cost import LayerCost, count_costs, estimate_times, load_times
 
 
 class Calls(nn.Module):
@@ -64,6 +64,18 @@ def test_calls_are_counted():
     )
     assert costs["part.linear"].values == 2 * B * T * D + D * D
     assert costs["part.query"].values == 2 * B * T * D + D * D + D
+    assert costs["part.query"].outputs == costs["part.linear"].outputs == B * T * D
+    assert costs["head"].outputs == B * T * 16
+
+
+def test_times_are_those_of_the_roofline():
+    """A T4: 65 and 130 x 10^12 operations a second, 320 GB/s; one tile of 64 x 64 keeps one of 40 processors busy."""
+    costs = {"compute": LayerCost(10**9, 10**6, 4096), "memory": LayerCost(10**6, 10**8, 10**7)}
+    times = estimate_times(costs, "t4")
+    assert times["compute"].float16 == pytest.approx(40 * 2e9 / 65e6 + 3)
+    assert times["compute"].int8 == pytest.approx(40 * 2e9 / 130e6 + 3)
+    assert times["memory"].float16 == pytest.approx(2e8 / 320e3 + 3)
+    assert times["memory"].int8 == pytest.approx(1e8 / 320e3 + 3)
 
 
 class Call(nn.Module):
