@@ -215,6 +215,7 @@ def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, An
         "details": [list_details(layer, unit) for layer in report.layers],
         "census": list_census(data["build"]["layers"]),
         "skipped": list_skipped(report),
+        "payoff": data["check"].get("payoff"),
         "targets": [target.name for target in targets],
         "target_rows": list_target_rows(targets),
         "commands": list_commands(report),

@@ -161,11 +161,30 @@ class Finding(TypedDict):
     node: str
 
 
+class LayerTime(TypedDict):
+    """An entry of `check.payoff.layers`."""
+
+    name: str
+    float16: Size
+    int8: Size
+
+
+class Payoff(TypedDict):
+    """The section `check.payoff`: predicted times in microseconds."""
+
+    gpu: str
+    float16: Size
+    int8: Size
+    int8_half_rest: Size
+    layers: list[LayerTime]
+
+
 class Check(TypedDict):
     """The section `check`."""
 
     path: str
     findings: list[Finding]
+    payoff: NotRequired[Payoff | None]
 
 
 class CensusRow(TypedDict):
