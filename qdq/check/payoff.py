@@ -56,10 +56,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Payoff:
-    """Predicted times of a file on a GPU for one sample, in microseconds.
+    """Predicted times of a file on a GPU, in microseconds.
 
     Args:
         gpu: Name of the GPU (`qdq.roofline.GPUS`).
+        inputs: Input name -> its shape, such as "1x3x224x224".
         float16: The same network without Q/DQ in fp16.
         int8: The file with the types that it has: what TensorRT 11 and TensorRT-RTX run.
         int8_half_rest: The file with its float part in fp16: what `trtexec --int8 --fp16` up to TensorRT 10 runs.
@@ -70,6 +71,7 @@ class Payoff:
     """
 
     gpu: str
+    inputs: dict[str, str]
     float16: float
     int8: float
     int8_half_rest: float
@@ -90,8 +92,9 @@ class Payoff:
 
     def format_table(self) -> str:
         """The times, then the layers that decide."""
+        inputs = ", ".join(f"{printable(name)} {shape}" for name, shape in self.inputs.items())
         lines = [
-            f"predicted on {self.gpu}, one sample: fp16 {_milliseconds(self.float16)}, "
+            f"predicted on {self.gpu} for {inputs}: fp16 {_milliseconds(self.float16)}, "
             f"int8 {_milliseconds(self.int8)}, {self.ratio:.2f} times as fast"
         ]
         if self.int8_half_rest < self.int8:
@@ -140,6 +143,7 @@ def predict_payoff(
         return None
     return Payoff(
         gpu=gpu,
+        inputs={str(value.name): _describe_shape(value) for value in model.graph.inputs},
         float16=float16.total,
         int8=int8.total,
         int8_half_rest=min(half_rest.total, int8.total),
@@ -296,6 +300,13 @@ def _sum_slower(float16: _Schedule, half_rest: _Schedule) -> float:
         if kind == "product" and time >= float_times.get((kind, name), time + 1):
             losses += time
     return losses
+
+
+def _describe_shape(value: ir.Value) -> str:
+    """A shape such as "1x3x224x224"; a size that is not known is a question mark."""
+    if value.shape is None:
+        return "?"
+    return "x".join(str(size) if isinstance(size, int) else "?" for size in value.shape)
 
 
 def _milliseconds(microseconds: float) -> str:

@@ -80,7 +80,12 @@ class ExpectedKernel:
 
     @property
     def name(self) -> str:
-        """The name of its first product; without one, of its first node that is no Q, DQ or Cast."""
+        """The name of its first product; without one, of its first node that is no Q, DQ or Cast.
+
+        A kernel that changes a tensor before a product is named after the product, "input of conv1/Conv".
+        """
+        if self.kind == "convert" and not is_op(self.nodes[0], *_CONVERSIONS):
+            return f"input of {self.nodes[0].name}"
         for node in self.nodes:
             if has_work(node):
                 return node.name or ""
@@ -223,6 +228,7 @@ class Fusion:
         """The nodes of kernels that compute the operands of a node.
 
         A pair on the way is in the kernel if no operand comes without one: it rounds a value that stays in registers.
+        Without Q/DQ the same operand is taken, so that both networks have the same kernels where they can.
         """
         for through_pairs in (False, True):
             producers = []
@@ -251,21 +257,19 @@ class Fusion:
         """The kernel of the softmax whose output a product multiplies with the values of the attention."""
         if not is_op(node, "MatMul"):
             return None
-        producer = self._find_producer(node.inputs[0])
+        producer = self._find_producer(node.inputs[0], through_pairs=not self._with_pairs)
         if producer is None:
             return None
         kernel = self._kernel_of[producer]
         is_open = kernel.kind == "attention" and len(kernel.products) == 1
         return kernel if is_open else None
 
-    def _find_producer(
-        self, value: ir.Value | None, *, through_pairs: bool = False
-    ) -> ir.Node | None:
+    def _find_producer(self, value: ir.Value | None, *, through_pairs: bool) -> ir.Node | None:
         """The node of a kernel that computes a value, through views of one tensor.
 
         Args:
             value: The value.
-            through_pairs: Whether also through a pair whose codes nothing else reads.
+            through_pairs: Whether also through a pair whose codes nothing else reads; without Q/DQ through all.
 
         Returns:
             None if the value comes from an input, a constant, a Concat, or int8 codes in memory.
@@ -274,20 +278,23 @@ class Fusion:
             node = value.producer()
             if node is None or node in self._kernel_of:
                 return node
-            is_skipped = is_op(node, *QDQ_OPS) and not self._is_in_memory(node, through_pairs)
-            if is_op(node, "Concat") or not (_is_view(node) or is_skipped):
+            if is_op(node, *QDQ_OPS):
+                is_skipped = through_pairs and not self._is_in_memory(node)
+            else:
+                is_skipped = _is_view(node) and not is_op(node, "Concat")
+            if not is_skipped:
                 return None
             value = input_of(node, 0)
         return None
 
-    def _is_in_memory(self, node: ir.Node, through_pairs: bool) -> bool:
+    def _is_in_memory(self, node: ir.Node) -> bool:
         """Whether the codes of a Q or DQ are written to memory: more than one node reads them, or a product."""
         if not self._with_pairs:
             return False
         if is_op(node, "QuantizeLinear"):  # its DQ was skipped
             return False
         readers = _readers(node.outputs[0])
-        if not through_pairs or len(readers) != 1 or has_work(readers[0]):
+        if len(readers) != 1 or has_work(readers[0]):
             return True
         quantize = producer_of(input_of(node, 0))
         return quantize is None or len(_readers(quantize.outputs[0])) != 1

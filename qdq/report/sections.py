@@ -173,6 +173,7 @@ class Payoff(TypedDict):
     """The section `check.payoff`: predicted times in microseconds."""
 
     gpu: str
+    inputs: dict[str, str]
     float16: Size
     int8: Size
     int8_half_rest: Size

@@ -122,7 +122,7 @@ def test_the_command(tmp_path, paying, capsys):
     ir.save(paying, path)
     assert run("check", path, "--gpu", "t4", "--json", tmp_path / "c.json") == 0
     text = capsys.readouterr().out
-    assert "predicted on t4, one sample: fp16 " in text
+    assert "predicted on t4 for x 1x512x64x64: fp16 " in text
     assert "the layers that decide" in text
     stored = json.loads((tmp_path / "c.json").read_text())["payoff"]
     assert stored["gpu"] == "t4"
@@ -133,7 +133,10 @@ def test_the_command(tmp_path, paying, capsys):
         check_onnx(path, gpu="v100")
 
 
-def test_nothing_is_predicted_of_unknown_sizes():
+def test_nothing_is_predicted_of_unknown_sizes(tmp_path, capsys):
     text = graph(pair("xd", "x"), op("y", "Relu(xd)"), x="float16[N,M]", y="float16[N,M]")
-    payoff = predict_payoff(load(text), "t4")
-    assert payoff is None
+    model = load(text)
+    assert predict_payoff(model, "t4") is None
+    ir.save(model, tmp_path / "m.onnx")
+    run("check", tmp_path / "m.onnx", "--gpu", "t4")
+    assert "no times are predicted for t4" in capsys.readouterr().out

@@ -67,6 +67,8 @@ def test_the_float_network_has_the_same_products_and_no_q():
         ("product", ["c2", "a", "y"]),
         ("convert", ["c1"]),  # the memory format of the input
     ]
+    kernels = Fusion(RESIDUAL, with_pairs=False, is_half=True).kernels
+    assert [kernel.name for kernel in kernels] == ["c1", "c2", "input of c1"]
 
 
 VALUES = 8 * 4 * 4

@@ -76,10 +76,16 @@ def test_predicted_times_are_shown(tmp_path):
     report = parse_report(content, tmp_path / "report.json")
     assert 'id="payoff"' not in render_report(report)
     layers = [{"name": "conv2/<b>Conv", "float16": 31.25, "int8": 4.5, "kind": "product"}]
-    times = {"gpu": "l4", "float16": 1500.0, "int8": 1000.0, "int8_half_rest": 1000.0}
+    times = {
+        "gpu": "l4",
+        "inputs": {"x": "1x3"},
+        "float16": 1500.0,
+        "int8": 1000.0,
+        "int8_half_rest": 1000.0,
+    }
     content["check"]["payoff"] = {**times, "layers": layers, "losses": []}
     page = render_report(parse_report(content, tmp_path / "report.json"))
-    assert "Predicted on l4 for one sample, from data sheets: fp16 1.500 ms, int8 1.000 ms." in page
+    assert "Predicted on l4 from data sheets, for x 1x3: fp16 1.500 ms, int8 1.000 ms." in page
     assert "<td>31.2</td><td>4.5</td>" in page
     assert "conv2/&lt;b&gt;Conv" in page
 
