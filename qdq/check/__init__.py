@@ -253,8 +253,8 @@ def check_onnx(
     }
     quantize_nodes, dequantize_nodes = count_qdq(model)
     payoff = None
-    if gpu is not None and dequantize_nodes and not facts.has_cycle:
-        payoff = predict_payoff(model, gpu, **facts.inference)
+    if gpu is not None and dequantize_nodes:
+        payoff = _predict(model, gpu, facts)
     findings = [
         *find_violations(model, rules, facts, payoff),
         *_check_parities(path, rules, parities),
@@ -272,6 +272,16 @@ def check_onnx(
         payoff=payoff,
         validity=_assess_validity(model, facts),
     )
+
+
+def _predict(model: ir.Model, gpu: str, facts: FileFacts) -> Payoff | None:
+    """Predict times; None if the graph cannot be followed."""
+    if facts.has_cycle:
+        return None
+    try:
+        return predict_payoff(model, gpu, **facts.inference)
+    except Exception:  # a damaged graph can raise anything; its faults are findings
+        return None
 
 
 def _compare(

@@ -281,15 +281,15 @@ def _list_losses(float16: _Schedule, int8: _Schedule, half_rest: _Schedule) -> l
 
 def _sum_split_attention(float16: _Schedule, half_rest: _Schedule) -> float:
     """The time that attention takes longer than in its one kernel in fp16."""
-    times = {
-        node: 0.0 for kernel in float16.times for node in kernel.nodes if kernel.kind == "attention"
-    }
-    fused = float16.sum_kind("attention")
-    split = half_rest.sum_kind("attention")
-    for kernel, time in half_rest.times.items():
-        if kernel.kind != "attention" and not times.keys().isdisjoint(kernel.nodes):
-            split += time
-    return split - fused
+    nodes: set[ir.Node] = set()
+    for kernel in float16.times:
+        if kernel.kind == "attention":
+            nodes.update(kernel.nodes)
+    time = 0.0
+    for kernel, microseconds in half_rest.times.items():
+        if not nodes.isdisjoint(kernel.nodes):
+            time += microseconds
+    return time - float16.sum_kind("attention")
 
 
 def _sum_slower(float16: _Schedule, half_rest: _Schedule) -> float:

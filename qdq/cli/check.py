@@ -110,7 +110,9 @@ def _check_file(
     report = check_onnx(checked, gpu=gpu, select=select, ignore=ignore)
     print(make_printable(report).format_table())
     if gpu is not None and report.payoff is None:
-        print(f"no times are predicted for {gpu}: the file has no Q/DQ, or does not show its sizes")
+        print(
+            f"no times are predicted for {gpu}: the file has no Q/DQ, is damaged, or does not show its sizes"
+        )
     if json is not None:
         write_json(json, report)
     if sarif is not None:

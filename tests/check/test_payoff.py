@@ -110,6 +110,25 @@ def test_left_over_pairs_are_named(paying):
     assert "QDQ110 to QDQ119" in loss.fix
 
 
+def test_attention_in_several_kernels_is_named():
+    """Scores of 1024 x 1024 in 16 heads: with Q/DQ inside they are written to memory and read again."""
+    text = graph(
+        op("k2", "Transpose<perm=[0,1,3,2]>(k)"),
+        op("s0", "MatMul(q, k2)"),
+        op("p", "Softmax(s0)"),
+        pair("pd", "p"),
+        op("y", "MatMul(pd, v)"),
+        x="float16[1,16,1024,64] q, float16[1,16,1024,64] k, float16[1,16,1024,64] v, float16[1]",
+        y="float16[1,16,1024,64]",
+    )
+    payoff, (finding,) = find(load(text), "l4")
+    scores = 16 * 1024 * 1024
+    (loss,) = (loss for loss in payoff.losses if "attention" in loss.cause)
+    assert loss.microseconds > 2 * (2 * scores / 300e3)  # once written and read in float16
+    assert "attention in several kernels" in finding.message
+    assert "QDQ118" in finding.fix
+
+
 def run(*arguments):
     """The exit code of a command."""
     with pytest.raises(SystemExit) as ended:
