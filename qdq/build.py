@@ -1,8 +1,9 @@
-"""Build an engine from an ONNX file with Q/DQ, and report which layers run in int8."""
+"""Build an engine from an ONNX file with Q/DQ, and report the type in which each layer runs."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from qdq.check.load import load_onnx
 from qdq.check.rules import choose_rules, find_violations
 from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
 from qdq.files import as_path, guard_files, write_atomic
+from qdq.graph.code_types import is_trt_quantizer, list_lacking
 from qdq.graph.coverage import Coverage, list_work_nodes, measure_coverage
 from qdq.graph.names import name_unnamed
+from qdq.graph.pairs import producer_of
 from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
+from qdq.product_types import LOW_TYPES, list_low_types, word_of
 from qdq.trt.backend import DEFAULT_SM, Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
@@ -32,12 +36,14 @@ ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
 _FATAL_RULES = ("QDQ205", "QDQ208")
 # Constant, and the operators that TensorRT folds between a constant and the scale of a Q/DQ. It crashes on others, for
 # example on ReduceMax.
-_FOLDED_INTO_SCALE = frozenset({"Cast", "Constant", "Identity", "Mul", "Reshape"})
+_FOLDED_INTO_SCALE = frozenset(
+    {"Cast", "Constant", "DequantizeLinear", "Identity", "Mul", "Reshape"}
+)
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Result of `build_engine`: the engine, and which layers run in int8.
+    """Result of `build_engine`: the engine, and the type in which each layer runs.
 
     Args:
         onnx: The ONNX file.
@@ -84,16 +90,39 @@ class BuildReport:
         return [layer for layer in self.layers if layer.expected_int8 and not layer.int8]
 
     @property
+    def missing(self) -> list[LayerCensus]:
+        """Layers that were quantized, to int8, FP8 or FP4, but do not run in that type."""
+        return [layer for layer in self.layers if layer.is_missing]
+
+    @property
     def int8_share(self) -> float | None:
         """Fraction of the known MACs that runs in int8, 0 to 1; None if no size is known."""
+        return self.share_of("Int8")
+
+    def share_of(self, type_name: str) -> float | None:
+        """Fraction of the known MACs that runs in a type.
+
+        Args:
+            type_name: TensorRT's name, such as "FP8".
+
+        Returns:
+            0 to 1; None if no size is known.
+        """
         if not self.coverage.macs:
             return None
-        int8_nodes = {layer.node for layer in self.layers if layer.int8}
-        int8_macs = 0
+        nodes = {layer.node for layer in self.layers if layer.built == type_name}
+        macs = 0
         for layer in self.coverage.layers:
-            if layer.name in int8_nodes:
-                int8_macs += layer.macs or 0
-        return int8_macs / self.coverage.macs
+            if layer.name in nodes:
+                macs += layer.macs or 0
+        return macs / self.coverage.macs
+
+    @property
+    def low_types(self) -> list[str]:
+        """The types below 16 bit that layers should run in, or do; int8 if there are none."""
+        promised = [layer.promised for layer in self.layers]
+        built = [layer.built for layer in self.layers]
+        return list_low_types([*promised, *built])
 
     def format_table(self) -> str:
         """One line for each layer that is not in int8 as expected, with the reason, then the summary."""
@@ -105,13 +134,16 @@ class BuildReport:
             f"{self.engine}: {self.engine_bytes / 1e6:.1f} MB, {self.backend} {self.backend_version}, "
             f"{target}, {self.seconds:.1f} s"
         )
-        if self.int8_share is not None and self.coverage.int8_share is not None:
-            summary = f"{self.int8_share:.1%} of all MACs in int8, {self.coverage.int8_share:.1%} were predicted"
-            if self.coverage.num_unknown:
-                summary += f" ({self.coverage.num_unknown} nodes of unknown work not counted)"
-            lines.append(summary)
-        lines.append(self._summarize())
+        lines += map(self._describe_share, self.low_types if self.coverage.macs else ())
+        if self.coverage.macs and self.coverage.num_unknown:
+            lines[-1] += f" ({self.coverage.num_unknown} nodes of unknown work not counted)"
+        lines += map(self._summarize, self.low_types)
         return "\n".join(lines)
+
+    def _describe_share(self, type_name: str) -> str:
+        """The fraction of the MACs in a type, built and predicted."""
+        built, predicted = self.share_of(type_name), self.coverage.share_of(type_name)
+        return f"{built:.1%} of all MACs in {word_of(type_name)}, {predicted:.1%} were predicted"
 
     def _format_layers(self) -> list[str]:
         """The layers that have a reason, in columns."""
@@ -130,23 +162,25 @@ class BuildReport:
             )
         return lines
 
-    def _summarize(self) -> str:
-        """The last line: how many layers run in int8."""
-        reached = self.expected_int8 - len(self.missing_int8)
-        unexpected = self.int8 - reached
-        summary = f"int8: {reached} of {self.expected_int8} expected"
+    def _summarize(self, type_name: str) -> str:
+        """The last line, one for each type: how many layers run in it."""
+        expected = [layer for layer in self.layers if layer.promised == type_name]
+        reached = [layer for layer in expected if layer.built == type_name]
+        built = [layer for layer in self.layers if layer.built == type_name]
+        summary = f"{word_of(type_name)}: {len(reached)} of {len(expected)} expected"
+        unexpected = len(built) - len(reached)
         if unexpected:
             summary += f", and {unexpected} more"
-        if not self.expected_int8:
+        if not expected:
             summary += ": nothing in the file is quantized"
         return summary
 
 
 def _verdict(layer: LayerCensus) -> str:
-    if layer.int8:
-        return "int8"
-    if layer.expected_int8:
-        return "NOT INT8"
+    if layer.built in LOW_TYPES:
+        return word_of(layer.built)
+    if layer.is_missing:
+        return f"NOT {word_of(layer.promised).upper()}"
     return "float"
 
 
@@ -160,7 +194,7 @@ def build_engine(
     opt_shapes: Mapping[str, Shape] | None = None,
     max_shapes: Mapping[str, Shape] | None = None,
 ) -> BuildReport:
-    """Build a TensorRT engine and read from the builder which layers run in int8.
+    """Build a TensorRT engine and read from the builder the type in which each layer runs.
 
     The file is checked first. The build runs in a separate process: a crash is a `BuildError`, Ctrl-C ends it.
 
@@ -174,11 +208,12 @@ def build_engine(
         max_shapes: Likewise the largest. By default, if only the batch is dynamic, it is 1, 8 and 16.
 
     Returns:
-        The report; `missing_int8` is empty if every quantized layer runs in int8.
+        The report; `missing` is empty if every quantized layer runs in the type of its Q/DQ.
 
     Raises:
         ArgumentError: There is no such file; invalid shapes, backend or compute capability.
-        BuildError: Not an ONNX file, a damaged one, a computed scale (R-DYN), or TensorRT refuses the graph or crashes.
+        BuildError: Not an ONNX file, a damaged one, a computed scale (R-DYN), Q/DQ of a type that the GPU does not have
+            (R-SM), or TensorRT refuses the graph or crashes.
         DependencyError: No TensorRT is installed, or it cannot build here.
     """
     onnx_path = as_path(onnx_path, "onnx_path")
@@ -198,6 +233,8 @@ def build_engine(
     chosen_backend = _find_backend(backend, commands)
     engine = _choose_engine_path(onnx_path, output, chosen_backend.name)
     target = sm if chosen_backend.name == "rtx" else None
+    if target is not None:
+        _refuse_lacking_types(onnx_path, model, target)
 
     start = time.perf_counter()
     refusal = _describe_refusal(facts.checker)
@@ -309,12 +346,36 @@ def _refuse_computed_scales(model: ir.Model) -> None:
         is_quantizer = node.op_type in ("QuantizeLinear", "DequantizeLinear")
         if not is_quantizer or len(node.inputs) < 2:
             continue
+        if is_trt_quantizer(
+            producer_of(node.inputs[0])
+        ):  # a dynamic Q, which TensorRT has for blocks
+            continue
         if not _is_constant(node.inputs[1]):
             raise BuildError(
                 f"the scale of {node.op_type} '{node.name}' is computed in the graph; TensorRT needs a "
                 "constant (R-DYN).",
                 "calibrate the model and export it with fixed ranges; dynamic quantization cannot be built.",
             )
+
+
+def _refuse_lacking_types(path: Path, model: ir.Model, sm: int) -> None:
+    """Refuse Q/DQ of a type that the GPU does not have (R-SM): TensorRT-RTX does not build such a file.
+
+    Args:
+        path: The file, for the message.
+        model: Its graph.
+        sm: Compute capability of the target, 89 for 8.9.
+    """
+    lacking = list(list_lacking(model.graph.all_nodes(), sm))
+    if not lacking:
+        return
+    counts = Counter(word for _, word, _ in lacking)
+    types = " and ".join(f"{count} Q/DQ of {word}" for word, count in counts.items())
+    least_sm = max(least_sm for _, _, least_sm in lacking)
+    raise BuildError(
+        f"{path} cannot be built for SM {sm}: it has {types}, which need SM {least_sm} or later (R-SM).",
+        f"build for SM {least_sm} or later, or leave these layers in int8 or float.",
+    )
 
 
 def _is_constant(value: ir.Value | None) -> bool:

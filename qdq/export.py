@@ -504,7 +504,7 @@ def _require_complete(model: nn.Module, exported: ir.Model) -> dict[str, list[st
     for name in _list_enabled_layers(model):
         layer_nodes = nodes.get(name, [])
         layers[name] = [node.name for node in layer_nodes]
-        if not any(node.expects_int8 for node in layer_nodes):
+        if not any(node.is_quantized for node in layer_nodes):
             lost.append(name)
     if lost:
         raise ExportError(

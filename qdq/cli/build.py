@@ -62,7 +62,7 @@ def build(
         print(printable(command, MOST_CHARACTERS))
     if json is not None:
         write_json(json, report)
-    return 1 if report.missing_int8 else 0
+    return 1 if report.missing else 0
 
 
 def _guard_files(onnx: Path, output: Path | None, json: Path | None) -> None:

@@ -14,6 +14,16 @@ ONNX_DOMAINS = ("", "ai.onnx")
 
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
 
+TRT_DOMAIN = "trt"
+"""The domain in which ModelOpt writes operators that TensorRT has and ONNX has not."""
+
+TRT_QUANTIZERS = {
+    "TRT_FP8QuantizeLinear": (ir.DataType.FLOAT8E4M3FN,),
+    "TRT_MXFP8DynamicQuantize": (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E8M0),
+    "TRT_FP4DynamicQuantize": (ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN),
+}
+"""TensorRT's own Q -> the types of its outputs: codes, and for dynamic ones the scale of each block."""
+
 # Each output value of these operators is one of the values of their first input.
 COPY_OPS = frozenset(
     {
@@ -70,6 +80,13 @@ def is_op(node: ir.Node | None, *op_types: str) -> TypeGuard[ir.Node]:
     if node is None or node.op_type not in op_types:
         return False
     return node.domain in ONNX_DOMAINS
+
+
+def is_trt_op(node: ir.Node | None, *op_types: str) -> TypeGuard[ir.Node]:
+    """Whether a node exists and is one of these operators of TensorRT, as ModelOpt writes them."""
+    if node is None or node.op_type not in op_types:
+        return False
+    return node.domain == TRT_DOMAIN
 
 
 def producer_of(value: ir.Value | None) -> ir.Node | None:
@@ -206,6 +223,8 @@ def _element_type(value: ir.Value | None) -> ir.DataType | None:
             return tensor.dtype
 
         node = value.producer()
+        if is_trt_op(node, *TRT_QUANTIZERS):
+            return TRT_QUANTIZERS[node.op_type][value.index() or 0]
         if is_op(node, "QuantizeLinear"):
             # This reads the type of a zero point, which no Q computes, so the recursion ends.
             return code_type_of(node)
@@ -215,6 +234,17 @@ def _element_type(value: ir.Value | None) -> ir.DataType | None:
         value = input_of(node, 0)
 
     return None
+
+
+def has_zeros(node: ir.Node) -> bool:
+    """Whether the zero point of a Q or DQ is a known zero, or left out: then 0.0 stays 0.0."""
+    if input_of(node, 2) is None:
+        return True
+
+    zero_point = constant_of(input_of(node, 2))
+    if zero_point is None or zero_point.dtype.kind == "O":  # texts, in a damaged file
+        return False
+    return not zero_point.astype(np.float32).any()
 
 
 def has_int8_zeros(node: ir.Node) -> bool:

@@ -34,6 +34,10 @@ _TYPES = {
     "int64": "Int64",
     "bool": "Bool",
     "fp8": "FP8",
+    "fp4": "FP4",
+    "fp4e2m1": "FP4",
+    "e8m0": "E8M0",
+    "fp8ue8m0": "E8M0",
     "half": "Half",
     "fp16": "Half",
     "bf16": "BFloat16",
@@ -50,6 +54,8 @@ _BITS = {
     "Int64": 64,
     "Bool": 8,
     "FP8": 8,
+    "FP4": 4,
+    "E8M0": 8,
     "Half": 16,
     "BFloat16": 16,
     "Float": 32,
@@ -136,9 +142,9 @@ def _read_line(match: re.Match[str]) -> Kernel:
     return Kernel(
         name=match["name"],
         layer_type=match["layer_type"],
-        input_types=tuple(_LINE_TYPE.findall(match["inputs"])),
-        constant_types=tuple(_LINE_TYPE.findall(match["constants"])),
-        output_types=tuple(_LINE_TYPE.findall(match["outputs"])),
+        input_types=_find_types(match["inputs"]),
+        constant_types=_find_types(match["constants"]),
+        output_types=_find_types(match["outputs"]),
         onnx_nodes=_read_node_names(match["metadata"]),
         input_bytes=_count_bytes(_parse_tensors(match["inputs"])),
         output_bytes=_count_bytes(_parse_tensors(match["outputs"])),
@@ -172,8 +178,13 @@ def _parse_tensors(text: str) -> list[_Tensor]:
     tensors = []
     for match in _LINE_TENSOR.finditer(text):
         dimensions = _parse_dimensions(match["dimensions"])
-        tensors.append(_Tensor(dimensions, match["type"]))
+        tensors.append(_Tensor(dimensions, _find_type(match["type"])))
     return tensors
+
+
+def _find_types(text: str) -> tuple[str, ...]:
+    """The types of the tensors of a list in a line of the log."""
+    return tuple(map(_find_type, _LINE_TYPE.findall(text)))
 
 
 def _parse_dimensions(text: str) -> list[int] | None:

@@ -131,10 +131,10 @@ class Node:
     name: str
     module: str = ""
     op_type: str = "Conv"
-    input_quantized: bool = True
-    weight_quantized: bool = True
+    input_codes: str = "Int8"
+    weight_codes: str = "Int8"
+    promised: str = "Int8"
     reason: str = ""
-    expects_int8: bool = True
 
 
 KERNELS = [

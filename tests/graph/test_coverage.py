@@ -107,11 +107,11 @@ def test_against_the_engine():
         node.name = node.outputs[0].name
     coverage = measure_coverage(model)
     expected = [SimpleNamespace(**vars(layer)) for layer in coverage.layers]
-    for layer, int8 in zip(expected, (True, True, False, False), strict=True):
-        layer.int8 = int8
+    for layer, type_name in zip(expected, ("Int8", "FP8", "Float", "Float"), strict=True):
+        layer.expected = type_name
     built = [
-        SimpleNamespace(node=name, int8=int8)
-        for name, int8 in [("a", True), ("b", False), ("c", True), ("e", True)]
+        SimpleNamespace(node=name, built=type_name)
+        for name, type_name in [("a", "Int8"), ("b", "Int8"), ("c", "FP8"), ("e", "Int8")]
     ]
     difference = compare_coverage(SimpleNamespace(layers=expected), built)
     assert difference.missing == ("b",)

@@ -127,9 +127,9 @@ def test_coverage_looks_through_what_moves_values():
     }
     """)
     first, second = list_work_nodes(model)
-    assert first.expects_int8
-    assert second.weight_quantized
-    assert not second.input_quantized  # a Relu makes new values
+    assert first.is_quantized
+    assert second.weight_codes
+    assert not second.input_codes  # a Relu makes new values
 
 
 def test_a_pass_that_loses_a_pair_is_refused():

@@ -123,6 +123,8 @@ def make_report(names, *, float_layers=(), seed=0, **changes):
             name not in float_layers,
             "kernel",
             "",
+            "Float" if name in float_layers else "Int8",
+            "Float" if name in float_layers else "Int8",
         )
         for name in names
     ]
@@ -135,6 +137,8 @@ def make_report(names, *, float_layers=(), seed=0, **changes):
             "reason": "",
             "macs": 10**6,
             "share": 1 / len(names),
+            "promised": "Int8",
+            "expected": "Int8",
         }
         for name in names
     ]

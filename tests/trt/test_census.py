@@ -1,5 +1,7 @@
 """The judgement of the census on kernels written by hand; real ones are judged in test_build.py."""
 
+import dataclasses
+
 import pytest
 
 from qdq.graph.coverage import WorkNode
@@ -7,8 +9,10 @@ from qdq.trt.census import take_census
 from qdq.trt.kernels import Kernel
 
 
-def _node(name="conv1", op_type="Conv", *, on_input=True, on_weight=True):
-    return WorkNode(name, name.partition("/")[0], op_type, on_input, on_weight)
+def _node(name="conv1", op_type="Conv", *, on_input="Int8", on_weight="Int8", promised=None):
+    if promised is None:
+        promised = on_input if on_input == on_weight and on_input else "Float"
+    return WorkNode(name, name.partition("/")[0], op_type, on_input, on_weight, promised)
 
 
 def _kernel(
@@ -31,6 +35,59 @@ def test_int8_activation_and_weights(layer_type):
     layer = _one(_node(), _kernel(["conv1"], layer_type=layer_type))
     assert (layer.int8, layer.expected_int8, layer.reason) == (True, True, "")
     assert layer.kernel == "conv1_myl0_1"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "constants", "name", "built"),
+    [
+        (("FP8",), ("FP8", "Float", "Float"), "", "FP8"),
+        (("FP8", "FP8", "FP8"), (), "_gemm_mha_v2_myl0_3", "FP8"),
+        (("FP8", "FP8", "Half", "FP8"), (), "_gemm_mha_v2_myl0_3", "FP8"),  # with a mask
+        (("FP4", "FP8"), ("FP4", "Float", "FP8"), "", "FP4"),
+        (("FP8", "E8M0"), ("FP8", "E8M0"), "", "MXFP8"),
+        (("Half", "Half", "Half"), (), "_gemm_mha_v2_myl0_3", "Half"),
+        (("FP8", "Half"), (), "__myl_CastMulFc_myl0_5", "Half"),
+        (("FP8",), ("Half", "FP8"), "__myl_CastMulCastCastMulFc_myl0_1", "Half"),
+        (("Half",), ("Int4", "Half"), "__myl_ReplCastMulCastFc_myl0_0", "Int4 weights"),
+        (("Half",), ("FP8",), "__myl_CastMulFc_myl0_0", "FP8 weights"),
+        (("Half", "Half"), ("Float", "Float"), "", "Half"),
+        (("Float",), ("Float",), "", "Float"),
+    ],
+)
+def test_the_built_type(inputs, constants, name, built):
+    kind = "runtime_fusion" if name.startswith("__myl") else "kgen" if name else "gemm"
+    kernel = _kernel(["m"], inputs, constants, name=name, layer_type=kind)
+    output = "Float" if built == "Float" else "Half"
+    kernel = dataclasses.replace(kernel, output_types=(output,))
+    layer = _one(_node("m", "MatMul", on_input="", on_weight=""), kernel)
+    assert layer.built == built
+    assert not layer.int8
+
+
+def test_a_missing_type_is_named():
+    layer = _one(
+        _node("m", "MatMul", on_input="FP8", on_weight="FP8"),
+        _kernel(["m"], ("Half", "Half"), ("Float",), layer_type="gemm"),
+    )
+    assert (layer.promised, layer.built, layer.is_missing) == ("FP8", "Half", True)
+    assert "takes Half x Half" in layer.reason
+    assert "R-AXIS" in layer.reason
+    assert "int8" not in layer.reason
+
+
+@pytest.mark.parametrize(
+    ("built", "reason"),
+    [
+        (("Half",), "with int4 weights that its kernel dequantizes"),
+        (("Half", "Half"), "another kernel dequantizes its int4 weights first"),
+    ],
+)
+def test_stored_weights_are_named(built, reason):
+    constants = ("Int4",) if len(built) == 1 else ()
+    node = _node("m", "MatMul", on_input="", on_weight="Int4", promised="Int4 weights")
+    layer = _one(node, _kernel(["m"], built, constants, layer_type="gemm"))
+    assert reason in layer.reason
+    assert not layer.is_missing
 
 
 def test_two_int8_activations_are_int8():
@@ -127,9 +184,12 @@ def test_nodes_of_one_name_cannot_be_told_apart():
 @pytest.mark.parametrize(
     ("on_input", "on_weight", "reason"),
     [
-        (False, False, "no Q/DQ"),
-        (True, False, "on its input only"),
-        (False, True, "on its weight only"),
+        ("", "", "no Q/DQ"),
+        ("Int8", "", "on its input only; int8 needs it"),
+        ("", "Int8", "on its weight only; int8 needs it"),
+        ("FP8", "", "on its input only; FP8 needs it"),
+        ("", "FP8", "on its weight only; FP8 needs it"),
+        ("Int8", "FP8", "its operands are int8 and FP8"),
     ],
 )
 def test_why_left_in_float(on_input, on_weight, reason):
@@ -141,7 +201,7 @@ def test_why_left_in_float(on_input, on_weight, reason):
 
 
 def test_int8_that_nobody_expected_is_said():
-    layer = _one(_node(on_input=False), _kernel(["conv1"]))
+    layer = _one(_node(on_input=""), _kernel(["conv1"]))
     assert layer.int8
     assert "TensorRT moved Q/DQ" in layer.reason
 

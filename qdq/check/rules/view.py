@@ -14,6 +14,7 @@ from qdq.check.facts import FileFacts
 from qdq.check.payoff import Payoff
 from qdq.check.signatures import describe_misfit
 from qdq.graph import pairs
+from qdq.graph.code_types import find_code_type
 from qdq.graph.pairs import has_reference, input_of
 from qdq.graph.pairs import is_op as is_op
 from qdq.graph.work import WEIGHTED_OPS
@@ -243,8 +244,16 @@ class GraphView:
         return None
 
     def code_type(self, node: ir.Node) -> ir.DataType | None:
-        """The type of the integers that a Q writes or a DQ reads; None if the file does not show it."""
+        """The type of the codes that a Q writes or a DQ reads; None if the file does not show it."""
         return pairs.code_type_of(node)
+
+    def code_word(self, node: ir.Node | None) -> str:
+        """The word for the type of the codes of a Q or DQ, such as "int8" or "FP8".
+
+        Args:
+            node: A Q or DQ, or None for one that is not known: TensorRT takes int8 if a file shows no type.
+        """
+        return "int8" if node is None else find_code_type(node).name
 
     # --- what feeds a value, and what reads it ------------------------------------------------------------------
 
