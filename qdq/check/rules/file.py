@@ -13,6 +13,7 @@ from qdq.check.calls import LARGEST_EXPANSION, is_expansion_too_large, list_recu
 from qdq.check.facts import FileFacts
 from qdq.check.rules.registry import Find, Flaw, register_rule
 from qdq.check.rules.view import GraphView, name_of
+from qdq.graph.code_types import is_trt_quantizer, name_kernel_type
 from qdq.graph.validate import iterate_graphs
 
 _EXPORT = "export the model again, or fix the node in the tool that wrote it."
@@ -194,7 +195,8 @@ def _data_do_not_fit(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
     "warning",
     "An operator that neither onnx nor ONNX Runtime knows.",
     "It is a plugin of the target or a typo; it is not checked. An operator with a name like those of TensorRT's own "
-    "plugins is only an info.",
+    "plugins is only an info, and so are TensorRT's own Q and DQ of FP8, MXFP8 and FP4, which ModelOpt writes: they "
+    "count in the coverage, but the rules about scales and placement are not applied to them.",
     "onnx.defs and the operators of the installed ONNX Runtime; NVIDIA's plugins are named ..._TRT",
 )
 @_about_file
@@ -205,6 +207,15 @@ def _operator_is_unknown(view: GraphView, file: FileFacts) -> Iterator[Flaw]:
 
     for node in view.nodes:
         if f"{node.domain}::{node.op_type}" not in file.runtime.unknown_operators:
+            continue
+        if is_trt_quantizer(node):
+            yield Flaw(
+                node=name_of(node),
+                message=f"{node.op_type} is TensorRT's own {name_kernel_type(node)} quantizer: the rules about scales "
+                "and placement are not applied to it",
+                fix="nothing, if TensorRT is the target; other runtimes do not load the file.",
+                severity="info",
+            )
             continue
         is_named_as_plugin = node.op_type.endswith("_TRT")
         yield Flaw(

@@ -13,16 +13,22 @@ _MIN_MATMUL = 16
 _MIN_CHANNELS = 16
 _CHANNEL_MULTIPLE = 8
 _MIN_DEPTHWISE_KERNEL = 3
+_CONSEQUENCES = {
+    "int8": "int8 is slow there or does not build",
+    "FP8": "it gains nothing from FP8, in which ModelOpt leaves it in float too",
+}
+_OTHER_CONSEQUENCE = "it gains nothing there"
 _BEFORE_OUTPUT = COPY_OPS | {"Add", "Cast", "Concat", "LogSoftmax", "Sigmoid", "Softmax"}
 
 
 @register_rule(
     "QDQ117",
     "warning",
-    "A quantized layer without an efficient int8 kernel: GEMV, tiny product, few channels, grouped, 3-D or transposed "
+    "A quantized layer without an efficient kernel: GEMV, tiny product, few channels, grouped, 3-D or transposed "
     "convolution (R-MM-3, R-CONV-3, R-CONV-4, R-CONV-7, R-CT-3).",
     "It is slower than in float, or the build stops with 'could not find any implementation'.",
-    "[src] ModelOpt graph_utils; [iss] 4529, 1409, 2125, 1694, 2280; [probe] TensorRT-RTX runs no int8 deconvolution",
+    "[src] ModelOpt graph_utils, for int8 and FP8; [iss] 4529, 1409, 2125, 1694, 2280; [probe] TensorRT-RTX runs a "
+    "deconvolution in float, whatever the type of its Q/DQ",
 )
 def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
     """Name each such layer with int8 operands; layers of unknown sizes are skipped."""
@@ -35,9 +41,10 @@ def _layer_has_no_kernel(view: GraphView) -> Iterator[Flaw]:
 
         weakness = _describe_weakness(view, node, dequantizer)
         if weakness:
+            consequence = _CONSEQUENCES.get(view.code_word(dequantizer), _OTHER_CONSEQUENCE)
             yield Flaw(
                 node=name_of(node),
-                message=f"{weakness} is quantized; int8 is slow there or does not build",
+                message=f"{weakness} is quantized; {consequence}",
                 fix="leave this layer in float, or measure both.",
             )
 
@@ -183,7 +190,7 @@ def _output_is_quantized(view: GraphView) -> Iterator[Flaw]:
         if view.is_computed(producer.inputs[0]):
             yield Flaw(
                 node=name_of(producer),
-                message=f"the output {output.name} is rounded to int8 (R-OUT)",
+                message=f"the output {output.name} is rounded to {view.code_word(producer)} (R-OUT)",
                 fix="remove the pair before the output.",
             )
 

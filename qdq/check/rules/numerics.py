@@ -8,14 +8,20 @@ import numpy as np
 import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
-from qdq.check.rules.view import COMMUTING_OPS, Array, GraphView, is_op, name_of
+from qdq.check.rules.view import (
+    COMMUTING_OPS,
+    Array,
+    GraphView,
+    is_op,
+    name_of,
+    producer_of,
+)
+from qdq.graph.code_types import find_code_type, is_trt_quantizer
 from qdq.graph.coverage import follow_axis, output_axis
 from qdq.graph.pairs import input_of
 from qdq.graph.raise_scales import least_scale
 
 _UNSIGNED = (ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT4, ir.DataType.UINT2)
-_SIGNED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1)
-"""Types that TensorRT reads."""
 _TYPES_OF_OTHER_RULES = (*_UNSIGNED, ir.DataType.INT32)
 """Types of codes that QDQ129 and QDQ108 report."""
 _SMALLEST_NORMAL_HALF = float(np.finfo(np.float16).smallest_normal)
@@ -41,6 +47,13 @@ def _scale_is_invalid(view: GraphView) -> Iterator[Flaw]:
     """
     for node in view.qdq_nodes:
         dtype = view.dtype(node.inputs[1])
+        if dtype == ir.DataType.FLOAT8E8M0:
+            yield Flaw(
+                node=name_of(node),
+                message="a scale is FLOAT8E8M0, a power of two, which TensorRT's parser does not read (R-SCALE)",
+                fix="write MXFP8 with TRT_MXFP8DequantizeLinear, as ModelOpt does, or use float scales.",
+            )
+            continue
         if dtype is not None and not dtype.is_floating_point():
             yield Flaw(
                 node=name_of(node),
@@ -79,9 +92,10 @@ def _is_positive(scale: Array) -> bool:
     "QDQ102",
     "error",
     "A zero point is missing, not zero, or of a type that TensorRT does not read (R-SYM).",
-    "TensorRT's int8 is symmetric. Without a zero point ONNX quantizes to uint8 and TensorRT to int8: the numbers "
-    "silently differ. A DQ of int8 codes without one is valid, and an info.",
-    "[probe] 'Non-zero zero point is not supported'; [src] onnx-tensorrt",
+    "TensorRT's codes are symmetric. Without a zero point ONNX quantizes to uint8 and TensorRT to int8: the numbers "
+    "silently differ. A DQ of int8 codes without one is valid, and an info. TensorRT-RTX ignores the zero point of FP8 "
+    "codes, and refuses the file for the types of codes that it does not read.",
+    "[probe] 'Non-zero zero point is not supported' for int8, no message for FP8; [src] onnx-tensorrt",
 )
 def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
     """Name each Q and DQ with such a zero point.
@@ -89,24 +103,32 @@ def _zero_point_is_not_zero(view: GraphView) -> Iterator[Flaw]:
     Unsigned codes are left to QDQ129, and int32 codes to QDQ108.
     """
     for node in view.qdq_nodes:
-        if view.code_type(node) in _TYPES_OF_OTHER_RULES:
+        code_type = view.code_type(node)
+        if code_type in _TYPES_OF_OTHER_RULES:
             continue
 
-        if input_of(node, 2) is None:
+        if code_type is not None and not find_code_type(node).is_read:
+            yield Flaw(
+                node=name_of(node),
+                message=f"its codes are {code_type.name}, which TensorRT does not read (R-SYM)",
+                fix="quantize to int8 or to FP8 (FLOAT8E4M3FN).",
+            )
+        elif input_of(node, 2) is None:
             yield from _check_missing_zero_point(view, node)
         else:
             yield from _check_zero_point(view, node)
 
 
 def _check_missing_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
-    """A Q or DQ without zero point: ONNX then takes zero, and uint8 for the codes of a Q."""
-    if view.code_type(node) not in _SIGNED:
+    """A Q or DQ without zero point: ONNX then takes zero, and uint8 for the codes of a Q that states no type."""
+    code_type = view.code_type(node)
+    if code_type is None:
         yield Flaw(
             node=name_of(node),
             message="the zero point is missing, which means uint8 in ONNX (R-SYM)",
             fix="write an int8 zero point of zero.",
         )
-    elif node.op_type == "DequantizeLinear":
+    elif code_type == ir.DataType.INT8 and node.op_type == "DequantizeLinear":
         yield Flaw(
             node=name_of(node),
             message="no zero point is written; with int8 codes that is zero (R-SYM)",
@@ -116,16 +138,7 @@ def _check_missing_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
 
 
 def _check_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
-    """The type, the numbers and the number of zero points, in this order; the first flaw counts."""
-    code_type = view.code_type(node)
-    if code_type is not None and code_type not in _SIGNED:
-        yield Flaw(
-            node=name_of(node),
-            message=f"the zero point is {code_type.name}, not INT8 (R-SYM)",
-            fix="write an int8 zero point of zero.",
-        )
-        return
-
+    """The numbers and the number of zero points, in this order; the first flaw counts."""
     zero_points = view.constant(node.inputs[2])
     if zero_points is None:
         return
@@ -151,7 +164,7 @@ def _check_zero_point(view: GraphView, node: ir.Node) -> Iterator[Flaw]:
     "error",
     "Codes are unsigned (R-SYM).",
     "TensorRT reads uint8 as int8: with zero point 0, codes above 127 saturate without an error; with another zero "
-    "point the file is refused.",
+    "point the file is refused. It does not read other unsigned types at all.",
     "[probe] accepted with a warning and treated as int8; pytorch-quantization's unsigned=True writes such codes",
 )
 def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
@@ -159,6 +172,14 @@ def _codes_are_unsigned(view: GraphView) -> Iterator[Flaw]:
     for node in view.qdq_nodes:
         code_type = view.code_type(node)
         if code_type not in _UNSIGNED:
+            continue
+
+        if code_type != ir.DataType.UINT8:
+            yield Flaw(
+                node=name_of(node),
+                message=f"its codes are {code_type.name}, which TensorRT does not read (R-SYM)",
+                fix="quantize to signed, symmetric codes.",
+            )
             continue
 
         zero_point = "the zero point"
@@ -498,6 +519,10 @@ def _flatten(array: Array) -> Array:
 def _scale_is_computed(view: GraphView) -> Iterator[Flaw]:
     """Name each Q and DQ with such a scale; constants after Identity or Cast are not computed."""
     for node in view.qdq_nodes:
+        if is_trt_quantizer(
+            producer_of(node.inputs[0])
+        ):  # a dynamic Q, which TensorRT has for blocks
+            continue
         if view.is_computed(node.inputs[1]):
             yield Flaw(
                 node=name_of(node),
@@ -518,7 +543,7 @@ def _bias_does_not_fit(view: GraphView) -> Iterator[Flaw]:
     """Name the product with the bias, once for all of its channels."""
     for node in view.weighted:
         dequantizer = view.dequantizer(node.inputs[1])
-        if dequantizer is None:
+        if dequantizer is None or view.code_word(dequantizer) not in ("int8", "uint8"):
             continue
         scale, smallest_scale = view.scale(dequantizer), least_scale(node)
         if scale is None or smallest_scale is None:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import COPY_OPS, GraphView, has_only, is_op, name_of, producer_of
+from qdq.graph.code_types import find_code_type
 
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max")
 _MATRIX_PRODUCTS = ("Gemm", "MatMul")
@@ -19,8 +20,8 @@ _PRODUCTS_WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
     "QDQ110",
     "warning",
     "Only one of the two operands of a Conv, ConvTranspose, Gemm or MatMul is quantized (R-CONV-2).",
-    "It runs in float, with extra kernels for the Q and DQ. A matrix product of float with int8 codes + DQ is "
-    "weight-only quantization, which TensorRT fuses: an info.",
+    "It runs in float, with extra kernels for the Q and DQ. A matrix product of float with stored codes + DQ is "
+    "weight-only quantization, which TensorRT fuses for int8, int4 and FP8: an info.",
     "[probe] float convolution plus stand-alone quantize kernels (R-MM-4)",
 )
 def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
@@ -46,21 +47,28 @@ def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
 
 
 def _check_stored_weight(view: GraphView, product: ir.Node) -> Iterator[Flaw]:
-    """A weight-only product with int8 codes; QDQ130 reports those with a float weight."""
-    if not _has_float_source(view, product.inputs[1]):
-        yield Flaw(
-            node=name_of(product),
-            message="weight-only: int8 weights, float arithmetic (R-WSTORE)",
-            fix="quantize the input too if int8 arithmetic is intended.",
-            severity="info",
-        )
+    """A weight-only product with stored codes; QDQ130 reports those with a float weight."""
+    if _has_float_source(view, product.inputs[1]):
+        return
+    dequantizer = view.dequantizer(product.inputs[1])
+    word = view.code_word(dequantizer)
+    if dequantizer is not None and not find_code_type(dequantizer).multiplies:
+        fix = f"nothing, if float arithmetic is intended: TensorRT does not multiply in {word}."
+    else:
+        fix = f"quantize the input too if {word} arithmetic is intended."
+    yield Flaw(
+        node=name_of(product),
+        message=f"weight-only: {word} weights, float arithmetic (R-WSTORE)",
+        fix=fix,
+        severity="info",
+    )
 
 
 @register_rule(
     "QDQ130",
     "warning",
     "A weight-only matrix product is written as float weight + Q + DQ (R-WSTORE).",
-    "TensorRT folds that to a plain fp16 weight: nothing is saved. Only int8 codes + DQ keep the weight in int8.",
+    "TensorRT folds that to a plain fp16 weight: nothing is saved. Only stored codes + DQ keep the weight narrow.",
     "[probe] TensorRT-RTX fuses int8 + DQ only",
 )
 def _weight_only_is_float(view: GraphView) -> Iterator[Flaw]:
@@ -69,10 +77,11 @@ def _weight_only_is_float(view: GraphView) -> Iterator[Flaw]:
         if not _is_weight_only(view, node):
             continue
         if _has_float_source(view, node.inputs[1]):
+            word = view.code_word(view.dequantizer(node.inputs[1]))
             yield Flaw(
                 node=name_of(node),
                 message="weight-only from a float weight + Q + DQ, which is folded to float (R-WSTORE)",
-                fix="store the weight as int8 codes + DQ, or quantize the input too.",
+                fix=f"store the weight as {word} codes + DQ, or quantize the input too.",
             )
 
 

@@ -344,7 +344,7 @@ def _list_ancestors(view: GraphView, start: ir.Node) -> set[ir.Node]:
 @register_rule(
     "QDQ116",
     "warning",
-    "AveragePool, Mul or Add with int8 inputs, but no Q after it.",
+    "AveragePool, Mul or Add with quantized inputs, but no Q after it.",
     "Operators without weights run in int8 only with int8 in and out. This one dequantizes, computes in float and "
     "adds a rounding. The rule does not apply to a residual Add with one quantized side, which is what TensorRT wants "
     "(R-ADD-1).",
@@ -360,9 +360,10 @@ def _output_is_float(view: GraphView) -> Iterator[Flaw]:
         if _reaches_quantizer(view, node):
             continue
 
+        word = view.code_word(view.dequantizer(node.inputs[0], MOVING_OPS))
         yield Flaw(
             node=name_of(node),
-            message=f"{node.op_type} has int8 inputs, but no Q follows it",
+            message=f"{node.op_type} has {word} inputs, but no Q follows it",
             fix="quantize its output too, or remove the pairs before it.",
         )
 
