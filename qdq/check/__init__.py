@@ -85,7 +85,7 @@ class CheckReport:
         file_bytes: Its size, including its external data.
         quantize_nodes: Number of QuantizeLinear nodes.
         dequantize_nodes: Number of DequantizeLinear nodes.
-        coverage: Every node that multiplies: int8 or not, why, and its fraction of the work.
+        coverage: Every node that multiplies: its promised and its expected type, why, and its fraction of the work.
         findings: Violations, infos among them.
         parity: Against torch, None if no outputs were given.
         validity: Whether it is valid ONNX, with the verdicts of onnx and ONNX Runtime.
@@ -209,6 +209,7 @@ def check_onnx(
     found_default: Outputs | None = None,
     tie_floor_db: float | Mapping[str, float] | None = None,
     gpu: str | None = None,
+    sm: int | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
 ) -> CheckReport:
@@ -225,6 +226,8 @@ def check_onnx(
             fault; for several outputs by name.
         gpu: Also predict whether int8 pays on this GPU ("l4", "orin" ...; `qdq.roofline.GPUS`). A file without Q/DQ
             has nothing to predict.
+        sm: Compute capability of the GPU that the file is for, 89 for 8.9. With it, types of codes that the GPU lacks
+            are findings.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -256,7 +259,7 @@ def check_onnx(
     if gpu is not None and dequantize_nodes:
         payoff = _predict(model, gpu, facts)
     findings = [
-        *find_violations(model, rules, facts, payoff),
+        *find_violations(model, rules, facts, payoff=payoff, sm=sm),
         *_check_parities(path, rules, parities),
     ]
     return CheckReport(

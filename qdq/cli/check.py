@@ -16,6 +16,7 @@ def check(
     *,
     select: _RuleIds = (),
     ignore: _RuleIds = (),
+    sm: int | None = None,
     explain: str | None = None,
     fix: Path | None = None,
     gpu: str | None = None,
@@ -39,6 +40,7 @@ def check(
         onnx: The ONNX file.
         select: Apply only these rules: ids, separated by commas, or one flag per id.
         ignore: Skip these rules, written the same way.
+        sm: Compute capability of the GPU that the file is for; 89 is 8.9. Types that the GPU does not have are errors.
         explain: Print what a rule looks for, why, and the evidence for it.
         fix: Write a copy to this file with all flaws fixed that can be fixed without changing a number, and check the
             copy. The file itself may be named; it stays untouched when there is nothing to fix.
@@ -57,7 +59,7 @@ def check(
         return _explain_rule(explain)
     if onnx is None:
         raise ArgumentError("ONNX requires an argument.", "see qdq check --help")
-    return _check_file(onnx, _split_ids(select), _split_ids(ignore), fix, gpu, json, sarif)
+    return _check_file(onnx, _split_ids(select), _split_ids(ignore), sm, fix, gpu, json, sarif)
 
 
 def _explain_rule(rule: str) -> int:
@@ -79,6 +81,7 @@ def _check_file(
     onnx: Path,
     select: list[str],
     ignore: list[str],
+    sm: int | None,
     fix: Path | None,
     gpu: str | None,
     json: Path | None,
@@ -107,7 +110,7 @@ def _check_file(
     if fix is not None:
         _mend(onnx, fix)
         checked = fix
-    report = check_onnx(checked, gpu=gpu, select=select, ignore=ignore)
+    report = check_onnx(checked, gpu=gpu, sm=sm, select=select, ignore=ignore)
     print(make_printable(report).format_table())
     if gpu is not None and report.payoff is None:
         print(

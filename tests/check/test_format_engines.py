@@ -113,3 +113,24 @@ def test_the_command(tmp_path, capsys):
     stored = json.loads((tmp_path / "m.json").read_text())
     assert [(layer["promised"], layer["built"]) for layer in stored["layers"]] == [("FP8", "Half")]
     assert stored["coverage"]["layers"][0]["expected"] == "Half"
+
+
+@pytest.mark.parametrize(
+    ("options", "types", "is_fused"),
+    [
+        ({}, ["FP8", "FP8"], True),
+        ({"real": TensorProto.BFLOAT16}, ["FP8", "FP8"], True),
+        ({"softmax_scale": 1 / 256}, ["FP8", "FP8"], True),
+        ({"real": files.SINGLE}, ["FP8", "FP8"], False),
+        ({"softmax_scale": None}, ["FP8", "Half"], False),
+        ({"quantized": (), "softmax_scale": None}, ["Half", "Half"], True),
+        ({"dtype": TensorProto.INT8, "softmax_scale": 1 / 127}, ["Int8", "Int8"], False),
+    ],
+)
+def test_attention(options, types, is_fused, tmp_path):
+    """One kernel for both products, as QDQ136 says."""
+    report = _build(lambda path: files.attention(path, **options), tmp_path)
+    assert [layer.built for layer in report.layers] == types
+    first, second = report.layers
+    assert (first.kernel == second.kernel) == is_fused
+    assert first.kernel.startswith("_gemm_mha") == is_fused

@@ -13,6 +13,7 @@ from qdq.check.facts import FileFacts
 from qdq.check.payoff import Payoff
 from qdq.check.rules import (  # noqa: F401
     attention,
+    formats,
     history,
     imports,
     layers,
@@ -41,7 +42,9 @@ def find_violations(
     model: ir.Model,
     rules: Iterable[Rule] | None = None,
     file: FileFacts | None = None,
+    *,
     payoff: Payoff | None = None,
+    sm: int | None = None,
 ) -> list[Finding]:
     """All violations of a model, by rule and in graph order.
 
@@ -52,8 +55,9 @@ def find_violations(
         rules: Those to apply, all if None.
         file: Facts about the file; rules about files report nothing without them.
         payoff: Predicted times on a GPU; the rule about them reports nothing without it.
+        sm: Compute capability of the GPU, 89 for 8.9; the rule about GPUs reports nothing without it.
     """
-    view = GraphView(model, file, payoff)
+    view = GraphView(model, file, payoff=payoff, sm=sm)
     findings: list[Finding] = []
     for rule in choose_rules() if rules is None else rules:
         try:

@@ -1,9 +1,11 @@
-"""Attention, normalisation and the erf GELU stay float: QDQ118."""
+"""Attention: float, or FP8 as a whole; normalisation and the erf GELU stay float: QDQ118 and QDQ136."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
@@ -26,6 +28,9 @@ _BEFORE_SOFTMAX = MOVING_OPS | {"Add", "Div", "Mul", "Where", "QuantizeLinear", 
 _AFTER_SOFTMAX = MOVING_OPS | {"QuantizeLinear", "DequantizeLinear", "Where"}
 # Scale, mask, casts and a pair between the scores and the softmax: attention is not longer than that.
 _MOST_NODES_BEFORE_SOFTMAX = 8
+_FUSED_PARTS = ("query", "key", "softmax", "value")
+_SOFTMAX_SCALE = 1 / 448  # the softmax is at most 1, and the largest code is 448
+_SCALE_TOLERANCE = 2**-8  # of a scale in bfloat16
 _FIX = "leave it in float, and quantize the linear layers around it."
 
 
@@ -41,11 +46,13 @@ _FIX = "leave it in float, and quantize the linear layers around it."
 def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
     """Name the Softmax, the Attention, the normalisation or the Erf.
 
-    Attention that is written in other operators is not recognised.
+    Attention that is written in other operators is not recognised. Attention in FP8 is left to QDQ136.
     """
     yield from _check_softmaxes(view)
     for node in view.select("Attention"):
         query_key_value = node.inputs[:3]
+        if _comes_from_fp8(view, query_key_value):
+            continue
         if _comes_from_pair(view, query_key_value):
             yield Flaw(
                 node=name_of(node),
@@ -65,7 +72,10 @@ def _attention_is_quantized(view: GraphView) -> Iterator[Flaw]:
 def _check_softmaxes(view: GraphView) -> Iterator[Flaw]:
     """For a softmax of an attention, name the quantized parts of it; for another one, only its input."""
     for node in view.select("Softmax"):
-        parts = _quantized_attention(view, node)
+        attention = _find_attention(view, node)
+        parts = [] if attention is None else attention.list_quantized(view)
+        if attention is not None and attention.is_fp8(view):
+            continue
         if parts:
             yield Flaw(
                 node=name_of(node),
@@ -101,29 +111,159 @@ def _comes_from_pair(view: GraphView, values: Iterable[ir.Value | None]) -> bool
     return any(view.dequantizer(value, MOVING_OPS) for value in values)
 
 
-def _quantized_attention(view: GraphView, softmax: ir.Node) -> list[str]:
-    """The parts of an attention that are quantized.
+@register_rule(
+    "QDQ136",
+    "warning",
+    "Attention in FP8 that TensorRT does not run as one kernel (R-MHA-3).",
+    "One kernel needs FP8 on query, key, value and on the output of the softmax, in a graph of half precision. In "
+    "float32, or without the pair of the softmax, it becomes two products and a softmax that write the whole matrix to "
+    "memory. The softmax is at most 1, so its scale is 1/448: a larger one wastes codes, a smaller one clips. The "
+    "factor of the query and the transpose of the key belong in front of their Q (an info: TensorRT-RTX moves them).",
+    "[probe] _gemm_mha_v2 with three FP8 inputs, at SM 89 and 120; float32, or no pair on the softmax: two products; "
+    "[iss] ModelOpt PR 1289",
+)
+def _fp8_attention_is_split(view: GraphView) -> Iterator[Flaw]:
+    """Name the Softmax, or the Attention."""
+    for node in view.select("Softmax"):
+        attention = _find_attention(view, node)
+        if attention is not None and attention.is_fp8(view):
+            yield from _check_fp8_attention(view, node, attention)
+    for node in view.select("Attention"):
+        if _comes_from_fp8(view, node.inputs[:3]):
+            yield Flaw(
+                node=name_of(node),
+                message="its inputs are FP8, but it has no place for Q/DQ on its softmax: it runs in float (R-MHA-3)",
+                fix="write the attention as MatMul, Softmax and MatMul, or leave out the Q/DQ.",
+            )
+
+
+def _check_fp8_attention(
+    view: GraphView, softmax: ir.Node, attention: _Attention
+) -> Iterator[Flaw]:
+    """The faults that split an attention, the scale of its softmax, and the place of its factor and transpose."""
+    faults = attention.list_splits(view)
+    if faults:
+        yield Flaw(
+            node=name_of(softmax),
+            message=f"the FP8 attention around it becomes several kernels: {', '.join(faults)} (R-MHA-3)",
+            fix="quantize query, key, value and the output of the softmax to FP8, and export the rest in float16.",
+        )
+
+    scale = attention.softmax_scale(view)
+    if scale is not None and abs(scale / _SOFTMAX_SCALE - 1) > _SCALE_TOLERANCE:
+        yield Flaw(
+            node=name_of(softmax),
+            message=f"the scale of its Q/DQ is {scale:.4g}, not 1/448 (R-MHA-3)",
+            fix="write 1/448: the softmax is at most 1.",
+        )
+
+    for part, op_type in attention.list_late(view):
+        yield Flaw(
+            node=name_of(softmax),
+            message=f"{op_type} is between the DQ of its {part} and the product (R-MHA-3)",
+            fix=f"put the {op_type} in front of the Q, so that the product reads the DQ.",
+            severity="info",
+        )
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The two products around a softmax, and what they read.
+
+    Args:
+        parts: "query", "key", "scores" (before the softmax), "softmax" (after it) and "value" -> the value.
+    """
+
+    parts: dict[str, ir.Value | None]
+
+    def list_quantized(self, view: GraphView) -> list[str]:
+        """The names of the parts that come from a DQ."""
+        return [part for part, value in self.parts.items() if _comes_from_pair(view, [value])]
+
+    def is_fp8(self, view: GraphView) -> bool:
+        """Whether a part comes from a DQ of FP8."""
+        values = [_before_factor(view, value) for value in self.parts.values()]
+        return _comes_from_fp8(view, values)
+
+    def list_splits(self, view: GraphView) -> list[str]:
+        """Why TensorRT runs an attention in FP8 as several kernels."""
+        missing = []
+        for part in _FUSED_PARTS:
+            if not _comes_from_fp8(view, [_before_factor(view, self.parts[part])]):
+                missing.append(part)
+
+        faults = []
+        if missing:
+            faults.append(f"no FP8 Q/DQ on {' and '.join(missing)}")
+        if _comes_from_pair(view, [self.parts["scores"]]):
+            faults.append("Q/DQ on the scores")
+        if view.dtype(self.parts["value"]) == ir.DataType.FLOAT:
+            faults.append("it is in float32")
+        return faults
+
+    def softmax_scale(self, view: GraphView) -> float | None:
+        """The scale of the FP8 Q/DQ after the softmax; None if there is none, or if it is not one number."""
+        value = self.parts["softmax"]
+        if not _comes_from_fp8(view, [value]):
+            return None
+        dequantizer = view.dequantizer(value, MOVING_OPS)
+        scale = None if dequantizer is None else view.scale(dequantizer)
+        if scale is None or scale.size != 1 or not np.isfinite(scale).all():
+            return None
+        return float(scale.flat[0])
+
+    def list_late(self, view: GraphView) -> Iterator[tuple[str, str]]:
+        """The factor of the query and the transpose of the key, if they stand between the DQ and the product."""
+        for part in ("query", "key"):
+            node = producer_of(self.parts[part])
+            if not is_op(node, "Mul", "Div", "Transpose"):
+                continue
+            if _comes_from_fp8(view, [_before_factor(view, self.parts[part])]):
+                yield part, node.op_type
+
+
+def _find_attention(view: GraphView, softmax: ir.Node) -> _Attention | None:
+    """The attention that a softmax belongs to.
 
     Args:
         view: The graph.
         softmax: A Softmax.
 
     Returns:
-        Names of the parts; empty if there are none, or if the softmax does not belong to an attention.
+        None if there are not two products around it.
     """
     scores = _score_product(view, softmax)
     weighted_sum = _value_product(view, softmax)
     if scores is None or weighted_sum is None:
-        return []
+        return None
 
-    values = {
-        "query": scores.inputs[0],
-        "key": scores.inputs[1],
-        "scores": softmax.inputs[0],
-        "softmax": weighted_sum.inputs[0],
-        "value": weighted_sum.inputs[1],
-    }
-    return [part for part, value in values.items() if _comes_from_pair(view, [value])]
+    return _Attention(
+        {
+            "query": scores.inputs[0],
+            "key": scores.inputs[1],
+            "scores": softmax.inputs[0],
+            "softmax": weighted_sum.inputs[0],
+            "value": weighted_sum.inputs[1],
+        }
+    )
+
+
+def _comes_from_fp8(view: GraphView, values: Iterable[ir.Value | None]) -> bool:
+    """Whether one of the values comes from a DQ of FP8, directly or through copy operators."""
+    for value in values:
+        dequantizer = view.dequantizer(value, MOVING_OPS)
+        if dequantizer is not None and view.code_word(dequantizer) == "FP8":
+            return True
+    return False
+
+
+def _before_factor(view: GraphView, value: ir.Value | None) -> ir.Value | None:
+    """The value that a constant factor multiplies; the value itself if there is no factor."""
+    node = producer_of(value)
+    if not is_op(node, "Mul", "Div"):
+        return value
+    computed = view.computed_inputs(node)
+    return computed[0] if len(computed) == 1 else value
 
 
 def _score_product(view: GraphView, softmax: ir.Node) -> ir.Node | None:

@@ -205,13 +205,13 @@ def _describe_range(array: Array) -> str:
     "QDQ103",
     "error",
     "A per-tensor scale has shape [1] instead of being 0-D (R-SHAPE).",
-    "It is valid ONNX and builds without a message, and every int8 convolution after it runs in float.",
+    "It is valid ONNX and builds without a message, and every convolution after it, in int8 or FP8, runs in float.",
     "[probe] TensorRT-RTX 1.7.1; [doc] NvInfer.h asks for a 0-D scale",
 )
 def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
     """Name each Q and DQ with such a scale.
 
-    The scale of a weight with one output channel may have this shape.
+    The scale of a weight with one output channel may have this shape, and a scale of FP8 that no convolution reads.
     """
     for node in view.qdq_nodes:
         scale = view.constant(node.inputs[1])
@@ -221,12 +221,20 @@ def _scale_has_shape_1(view: GraphView) -> Iterator[Flaw]:
             continue
         if _has_one_channel(view, node):
             continue
+        if view.code_word(node) == "FP8" and not _reaches_convolution(view, node):
+            continue
 
         yield Flaw(
             node=name_of(node),
             message="a per-tensor scale has shape [1]; TensorRT-RTX then runs in float (R-SHAPE)",
             fix="write it as a 0-D scalar; --fix does this.",
         )
+
+
+def _reaches_convolution(view: GraphView, node: ir.Node) -> bool:
+    """Whether a convolution reads what a Q or DQ writes."""
+    readers = view.reached(node.outputs[0], COMMUTING_OPS | {"DequantizeLinear"})
+    return any(is_op(reader, "Conv", "ConvTranspose") for reader in readers)
 
 
 def _has_one_channel(view: GraphView, node: ir.Node) -> bool:

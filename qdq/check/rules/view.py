@@ -36,14 +36,21 @@ class GraphView:
         model: Not changed.
         file: Facts about the file that it was read from; None for a model in memory.
         payoff: Its predicted times on a GPU; None if none was chosen.
+        sm: Compute capability of the GPU that it is for, 89 for 8.9; None if that is not known.
     """
 
     def __init__(
-        self, model: ir.Model, file: FileFacts | None = None, payoff: Payoff | None = None
+        self,
+        model: ir.Model,
+        file: FileFacts | None = None,
+        *,
+        payoff: Payoff | None = None,
+        sm: int | None = None,
     ) -> None:
         self.model = model
         self.file = file
         self.payoff = payoff
+        self.sm = sm
         self.opset = model.opset_imports.get("", 0)
         self.nodes: list[ir.Node] = [*model.graph.all_nodes()]
         for function in model.functions.values():
