@@ -42,6 +42,21 @@ _FOLDED_INTO_SCALE = frozenset(
 
 
 @dataclass(frozen=True)
+class TypeCensus:
+    """The layers of one type, such as "FP8".
+
+    Args:
+        expected: Number of layers with Q/DQ of the type on both operands; for stored weights, on the weight.
+        missing: Modules of those that the engine runs in another type.
+        macs: Fraction of the known MACs that runs in the type, 0 to 1; None if no size is known.
+    """
+
+    expected: int
+    missing: list[str]
+    macs: float | None
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """Result of `build_engine`: the engine, and the type in which each layer runs.
 
@@ -124,8 +139,17 @@ class BuildReport:
         built = [layer.built for layer in self.layers]
         return list_low_types([*promised, *built])
 
+    def count_types(self) -> dict[str, TypeCensus]:
+        """The layers of each type below 16 bit, by TensorRT's names; int8 if there are none."""
+        census = {}
+        for type_name in self.low_types:
+            expected = [layer for layer in self.layers if layer.promised == type_name]
+            missing = [layer.module for layer in expected if layer.built != type_name]
+            census[type_name] = TypeCensus(len(expected), missing, self.share_of(type_name))
+        return census
+
     def format_table(self) -> str:
-        """One line for each layer that is not in int8 as expected, with the reason, then the summary."""
+        """One line for each layer that is not in int8, FP8 or FP4 as expected, with the reason, then the summary."""
         lines = self._format_layers()
         for text in self.warnings:
             lines.append(f"warning: {text}")

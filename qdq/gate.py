@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qdq.errors import ArgumentError, DataError, QdqError
 from qdq.files import as_path
+from qdq.product_types import LOW_TYPES
 from qdq.report.load import guarded, read_report
 from qdq.report.sections import JudgedSections
 from qdq.report.targets import TargetResult, load_targets
@@ -93,6 +94,7 @@ def gate_run(
     min_sqnr: float | Mapping[str, float] | None = None,
     min_agreement: float | None = None,
     min_int8_macs: float | None = None,
+    min_fp8_macs: float | None = None,
     max_size: float | None = None,
     min_score: Mapping[str, float] | None = None,
     max_score_drop: Mapping[str, float] | None = None,
@@ -112,6 +114,7 @@ def gate_run(
             Or the smallest of each output by name, `{"scores": 20}`.
         min_agreement: Smallest fraction of images (0 to 1) with the same top-1 answer as the float model.
         min_int8_macs: Smallest fraction of all MACs (0 to 1) that runs in int8 in the engine.
+        min_fp8_macs: Likewise in FP8.
         max_size: Largest ONNX file, in MB (10^6 bytes).
         min_score: Smallest value of a metric of the task by its name, `{"mAP": 0.4}`.
         max_score_drop: Largest drop of a metric from the baseline, in its own unit; without a baseline from the
@@ -131,6 +134,7 @@ def gate_run(
         "min_sqnr": min_sqnr,
         "min_agreement": min_agreement,
         "min_int8_macs": min_int8_macs,
+        "min_fp8_macs": min_fp8_macs,
         "max_size": max_size,
         "min_score": min_score,
         "max_score_drop": max_score_drop,
@@ -479,7 +483,7 @@ def _check_limit(
     passed = excess <= _ROUNDING
     if not passed:
         value, text = measure(run, baseline, _count_digits(value, limit))
-        if name.name == "min_int8_macs":
+        if name.name in ("min_int8_macs", "min_fp8_macs"):
             text += _name_float_layers(run)
 
     bound = "at most" if rule.is_maximum else "at least"
@@ -603,12 +607,29 @@ def _measure_int8_macs(run: _RunFacts, baseline: _RunFacts | None, digits: int) 
     fix = "run qdq ptq again, with an engine: runs of an earlier version lack it."
     int8_macs = run.require(run.get("summary", "int8_macs"), "fraction of MACs in int8", fix)
     fraction = f"{int8_macs:.{max(digits, _FRACTION_DIGITS)}f}"
-    text = f"{fraction} of the MACs run in int8"
+    text = f"{fraction} of the MACs run in int8{_count_unknown(run)}"
+    return _Measured(int8_macs, text)
+
+
+def _measure_fp8_macs(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
+    fix = "run qdq ptq again, with an engine: runs of an earlier version lack it."
+    census = run.get("summary", "census")
+    stored = None
+    if census is not None:
+        stored = census["FP8"]["macs"] if "FP8" in census else 0.0
+    fp8_macs = run.require(stored, "fraction of MACs in FP8", fix)
+    fraction = f"{fp8_macs:.{max(digits, _FRACTION_DIGITS)}f}"
+    text = f"{fraction} of the MACs run in FP8{_count_unknown(run)}"
+    return _Measured(fp8_macs, text)
+
+
+def _count_unknown(run: _RunFacts) -> str:
+    """How many nodes a fraction of the MACs does not count; "" if it counts all of them."""
     sizes = run.get("build", "coverage", "layers") or ()
     num_unknown = sum(size["share"] is None for size in sizes)
-    if num_unknown:
-        text += f" ({num_unknown} nodes of unknown work are not counted)"
-    return _Measured(int8_macs, text)
+    if not num_unknown:
+        return ""
+    return f" ({num_unknown} nodes of unknown work are not counted)"
 
 
 def _measure_size(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
@@ -635,6 +656,7 @@ _RULES = {
     "min_sqnr": _Rule(_measure_sqnr, -math.inf, math.inf, " dB"),
     "min_agreement": _Rule(_measure_agreement, 0.0, 1.0),
     "min_int8_macs": _Rule(_measure_int8_macs, 0.0, 1.0),
+    "min_fp8_macs": _Rule(_measure_fp8_macs, 0.0, 1.0),
     "max_size": _Rule(_measure_size, 0.0, math.inf, " MB", is_maximum=True),
     "min_score": _Rule(_refuse_whole, -math.inf, math.inf),
     "max_score_drop": _Rule(_refuse_whole, 0.0, math.inf, is_maximum=True),
@@ -651,14 +673,14 @@ _PART_MEASURES = {
 
 
 def _name_float_layers(run: _RunFacts) -> str:
-    """The layers with the most MACs that are not in int8, with their fraction and the reason."""
+    """The layers with the most MACs that are in float, with their fraction and the reason."""
     fractions = {}
     for size in run.get("build", "coverage", "layers") or ():
         fractions[size["name"]] = size["share"] or 0.0
 
     layers = []
     for layer in run.get("build", "layers") or ():
-        if layer.get("int8") is False:
+        if layer.get("int8") is False and layer.get("built") not in LOW_TYPES:
             layers.append(layer)
 
     layers.sort(key=lambda layer: -fractions.get(layer.get("node"), 0.0))

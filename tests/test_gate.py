@@ -56,6 +56,30 @@ def test_a_limit_is_kept_up_to_itself(name, met, missed):
     assert f"{missed:g}" in check.message
 
 
+def test_macs_in_fp8(tmp_path):
+    """Of the census by type; a layer in FP8 is not one in float."""
+
+    def change(content):
+        content["summary"]["census"] = {"FP8": {"expected": 2, "missing": [], "macs": 0.3}}
+        stem, body, _ = content["build"]["layers"]
+        stem |= {"int8": False, "built": "FP8"}
+        body |= {"int8": False, "built": "Half"}
+
+    path = changed(tmp_path, change)
+    assert gate_run(path, min_fp8_macs=0.3).passed
+    (check,) = gate_run(path, min_fp8_macs=0.4).failures
+    assert "0.3000 of the MACs run in FP8" in check.message
+    assert "stem" not in check.message
+    assert "body" in check.message
+
+    def only_int8(content):
+        content["summary"]["census"] = {"Int8": {"expected": 2, "missing": [], "macs": 0.95}}
+
+    assert not gate_run(changed(tmp_path, only_int8), min_fp8_macs=0.1).passed
+    with pytest.raises(DataError, match="has no fraction of MACs in FP8"):
+        gate_run(GOOD, min_fp8_macs=0.1)
+
+
 def test_unknown_work_is_said_to_be_unknown(tmp_path):
     def change(content):
         content["build"]["coverage"]["layers"].append({"name": "loop", "share": None})

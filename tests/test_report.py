@@ -163,7 +163,9 @@ def test_findings_of_every_kind_give_exit_code_1(stages):
     ]
     lost = next(layer for layer in stages["build"].layers if layer.expected_int8)
     layers = [
-        replace(layer, int8=False, reason="no int8 kernel") if layer is lost else layer
+        replace(layer, int8=False, built="Half", reason="no int8 kernel")
+        if layer is lost
+        else layer
         for layer in stages["build"].layers
     ]
     build = replace(stages["build"], layers=layers)

@@ -25,6 +25,7 @@ def gate(
     min_sqnr: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
     min_agreement: float | None = None,
     min_int8_macs: float | None = None,
+    min_fp8_macs: float | None = None,
     max_size: float | None = None,
     min_score: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
     max_score_drop: Annotated[tuple[str, ...], Parameter(consume_multiple=False)] = (),
@@ -53,6 +54,7 @@ def gate(
             repeated.
         min_agreement: Smallest fraction of images (0 to 1) with the same top-1 as the float model.
         min_int8_macs: Smallest fraction of MACs (0 to 1) that run in int8 in the engine.
+        min_fp8_macs: Smallest fraction of MACs (0 to 1) that run in FP8 in the engine.
         max_size: Largest size of the ONNX file, in MB.
         min_score: NAME=VALUE: the smallest value of a metric of the task, such as mAP=0.4. May be repeated.
         max_score_drop: NAME=VALUE: the largest loss of a metric against the baseline, or against the run's own float
@@ -80,6 +82,7 @@ def gate(
             min_sqnr=_parse_min_sqnr(min_sqnr),
             min_agreement=min_agreement,
             min_int8_macs=min_int8_macs,
+            min_fp8_macs=min_fp8_macs,
             max_size=max_size,
             min_score=parse_numbers("--min-score", min_score),
             max_score_drop=parse_numbers("--max-score-drop", max_score_drop),

@@ -289,6 +289,7 @@ def _summarize(results: _StageResults, layers: list[LayerRecord]) -> dict[str, A
         "int8_macs": build.int8_share,
         "census_expected_int8": build.expected_int8,
         "census_missing_int8": [layer.module for layer in build.missing_int8],
+        "census": build.count_types(),
     }
 
 
@@ -302,7 +303,7 @@ def _list_findings(results: _StageResults) -> list[str]:
         if range.note:
             findings.append(f"{range.name}: {range.note}")
 
-    for layer in results.build.missing_int8:
+    for layer in results.build.missing:
         findings.append(f"{layer.module}: {layer.reason}")
 
     return findings

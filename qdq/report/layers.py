@@ -32,6 +32,7 @@ from qdq.functions import CONTRACTIONS, PRODUCT_OPERATORS, SINGLE_PRODUCTS
 from qdq.metrics import sqnr_db
 from qdq.nn import QuantInputMixin, QuantMixin
 from qdq.nn.functions import run_again
+from qdq.product_types import LOW_TYPES, word_of
 from qdq.quantize import fake_quantize
 from qdq.quantizer import TensorQuantizer, disable_quantization, toggling
 from qdq.report.records import (
@@ -159,7 +160,7 @@ class _StageFacts:
             name=name,
             kind=entry.kind,
             is_call=entry.is_call,
-            precision="int8" if is_int8 else "float",
+            precision=(engine.promised or "int8") if is_int8 else "float",
             reason=reason,
             rules=tuple(dict.fromkeys(RULE.findall(reason))),
             tensors=tuple(self.tensors.describe(name, quantizer) for quantizer in quantizers),
@@ -920,8 +921,9 @@ def _to_array(tensor: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _EngineFacts:
-    """The facts of the build about a layer."""
+    """The facts of the build about a layer; `promised` is the word for the type of its Q/DQ, "" if it has none."""
 
+    promised: str
     precision: str | None
     kernels: tuple[str, ...]
     note: str
@@ -957,25 +959,21 @@ class _Engine:
         nodes, reason = self._find_nodes(entry)
         if not nodes:
             unknown = {"engine": reason, "macs": reason}
-            return _EngineFacts(None, (), "", None, None, unknown)
+            return _EngineFacts("", None, (), "", None, None, unknown)
 
-        int8_nodes = 0
         kernels: dict[str, None] = {}
         notes: dict[str, None] = {}
         for node in nodes:
-            int8_nodes += node.int8
             if node.kernel:
                 kernels[node.kernel] = None
             if node.reason:
                 notes[node.reason] = None
 
-        precision = "mixed"
-        if int8_nodes == 0:
-            precision = "float"
-        elif int8_nodes == len(nodes):
-            precision = "int8"
+        promised = [node.promised for node in nodes if node.promised in LOW_TYPES]
+        built = [LOW_TYPES.get(node.built, "float") for node in nodes]
         facts = _EngineFacts(
-            precision=precision,
+            promised=word_of(promised[0]) if len(set(promised)) == 1 else "",
+            precision=built[0] if len(set(built)) == 1 else "mixed",
             kernels=tuple(kernels),
             note="; ".join(notes),
             macs=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from qdq.product_types import LOW_TYPES, word_of
 from qdq.report.charts import (
     draw_bars,
     draw_curve,
@@ -21,6 +22,7 @@ from qdq.report.charts import (
     unit_of_gain,
 )
 from qdq.report.load import StoredReport, guarded
+from qdq.report.sections import TypeCensus
 from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
 from qdq.report.targets import TargetResult, list_target_rows
 from qdq.report.wording import format_decibels, format_number, format_percent, format_state
@@ -90,20 +92,16 @@ def list_figures(report: StoredReport) -> list[Figure]:
 
 
 def _list_quality(report: StoredReport) -> list[Figure]:
-    """How much is in int8, and how close the outputs are to the float model's."""
+    """How much is in int8 or FP8, and how close the outputs are to the float model's."""
     data = report.data
     reference, final = reference_candidate(report), final_candidate(report)
     figures = [
         Figure(
-            "layers in int8",
-            f"{int8_layers(report)} of {data['summary']['weighted_layers']}",
+            f"layers in {_name_precisions(report)}",
+            f"{quantized_layers(report)} of {data['summary']['weighted_layers']}",
             "with weights, in the file",
         ),
-        Figure(
-            "multiplications in int8",
-            format_percent(int8_fraction(report)),
-            "in the engine, of those of known size",
-        ),
+        *_list_fractions(report),
         Figure(
             "SQNR of the outputs",
             format_decibels(final["sqnr_db"]),
@@ -127,6 +125,16 @@ def _list_quality(report: StoredReport) -> list[Figure]:
     return figures
 
 
+def _list_fractions(report: StoredReport) -> list[Figure]:
+    """The fraction of the multiplications in each type."""
+    figures = []
+    for type_name, census in read_census(report).items():
+        label = f"multiplications in {word_of(type_name)}"
+        note = "in the engine, of those of known size"
+        figures.append(Figure(label, format_percent(census["macs"]), note))
+    return figures
+
+
 def _list_sizes(report: StoredReport) -> list[Figure]:
     """Sizes of the ONNX file and of the engine."""
     summary, build = report.data["summary"], report.data["build"]
@@ -147,15 +155,16 @@ def _list_sizes(report: StoredReport) -> list[Figure]:
 
 def _list_problems(report: StoredReport) -> list[Figure]:
     """Numbers that should be zero, or as large as expected."""
-    summary, findings = report.data["summary"], report.data["findings"]
-    expected = summary["census_expected_int8"]
-    missing = len(summary["census_missing_int8"])
+    findings = report.data["findings"]
+    census = read_census(report)
+    words = " and ".join(map(word_of, census))
+    expected, reached = count_layers(census)
     return [
         Figure(
             "census",
-            f"{expected - missing} of {expected}",
-            "layers in int8 in the engine, of those expected",
-            is_bad=missing > 0,
+            f"{reached} of {expected}",
+            f"layers in {words} in the engine, of those expected",
+            is_bad=reached < expected,
         ),
         Figure(
             "findings",
@@ -181,6 +190,38 @@ def final_candidate(report: StoredReport) -> dict[str, Any]:
 def int8_layers(report: StoredReport) -> int:
     """Number of layers with weights that are int8."""
     return sum(layer.precision == "int8" and layer.weights > 0 for layer in report.layers)
+
+
+def quantized_layers(report: StoredReport) -> int:
+    """Number of layers with weights that are int8 or FP8."""
+    return sum(layer.precision != "float" and layer.weights > 0 for layer in report.layers)
+
+
+def _name_precisions(report: StoredReport) -> str:
+    """The types of the quantized layers, such as "int8 and FP8"; int8 if there are none."""
+    precisions = {layer.precision for layer in report.layers}
+    return " and ".join(word for word in LOW_TYPES.values() if word in precisions) or "int8"
+
+
+def read_census(report: StoredReport) -> Mapping[str, TypeCensus]:
+    """The layers of each type in the engine; reports of earlier versions have those of int8 only."""
+    summary = report.data["summary"]
+    if "census" in summary:
+        census: Mapping[str, TypeCensus] = summary["census"]
+        return census
+    int8_census = TypeCensus(
+        expected=summary["census_expected_int8"],
+        missing=summary["census_missing_int8"],
+        macs=summary["int8_macs"],
+    )
+    return {"Int8": int8_census}
+
+
+def count_layers(census: Mapping[str, TypeCensus]) -> tuple[int, int]:
+    """The number of layers that should run in a type of `census`, and of those that do."""
+    expected = sum(entry["expected"] for entry in census.values())
+    missing = sum(len(entry["missing"]) for entry in census.values())
+    return expected, expected - missing
 
 
 def int8_fraction(report: StoredReport) -> float | None:
@@ -214,12 +255,22 @@ def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, An
         "unit": unit,
         "details": [list_details(layer, unit) for layer in report.layers],
         "census": list_census(data["build"]["layers"]),
+        "census_summary": _describe_census(report),
+        "precisions": [*_name_precisions(report).split(" and "), "float"],
         "skipped": list_skipped(report),
         "payoff": data["check"].get("payoff"),
         "targets": [target.name for target in targets],
         "target_rows": list_target_rows(targets),
         "commands": list_commands(report),
     }
+
+
+def _describe_census(report: StoredReport) -> str:
+    """How many layers run in the type of their Q/DQ."""
+    census = read_census(report)
+    expected, reached = count_layers(census)
+    verb = "int8" if list(census) == ["Int8"] else "the type of their Q/DQ"
+    return f"{reached} of {expected} layers that have Q/DQ in the file run in {verb}."
 
 
 def _list_changes(steps: dict[str, Any] | None) -> list[float | None]:
@@ -249,7 +300,8 @@ def _write_headline(report: StoredReport) -> str:
     """The result and the search in two sentences."""
     data, final = report.data, final_candidate(report)
     result = (
-        f"{int8_layers(report)} of {data['summary']['weighted_layers']} layers with weights are int8; "
+        f"{quantized_layers(report)} of {data['summary']['weighted_layers']} layers with weights are "
+        f"{_name_precisions(report)}; "
         f"{_describe_quality(final, data['evaluation']['images'])}."
     )
     steps = data["analysis"]["steps"]

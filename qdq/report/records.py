@@ -112,7 +112,7 @@ class LayerRecord:
         name: Dotted name.
         kind: Class of the module, or the function.
         is_call: Whether it is a function call.
-        precision: "int8" or "float".
+        precision: "int8", "FP8" or "float".
         reason: Why.
         rules: The rules that the reason names.
         tensors: Its quantizers.
@@ -122,7 +122,7 @@ class LayerRecord:
         macs_share: Their fraction of the whole network's MACs, 0 to 1.
         weights: Number of weights.
         weight_bytes: Bytes of the weights in the exported file.
-        engine: Type in the engine: "int8", "float", or "mixed" for several kernels.
+        engine: Type in the engine: "int8", "FP8", "float", or "mixed" for several kernels.
         kernels: The engine's names of its kernels.
         engine_note: The note of the census on it.
         reads: The layers whose outputs it reads, directly or through operations that are not layers.

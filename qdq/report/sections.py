@@ -45,6 +45,14 @@ class Evaluation(TypedDict):
     constant_outputs: NotRequired[list[str]]
 
 
+class TypeCensus(TypedDict):
+    """An entry of `summary.census`: the layers of a type; reports of earlier versions have none."""
+
+    expected: Count
+    missing: list[str]
+    macs: Size | None
+
+
 class Summary(TypedDict):
     """The section `summary`."""
 
@@ -56,6 +64,7 @@ class Summary(TypedDict):
     int8_macs: Size | None
     census_expected_int8: Count
     census_missing_int8: list[str]
+    census: NotRequired[dict[str, TypeCensus]]
 
 
 class State(TypedDict):
@@ -197,6 +206,8 @@ class CensusRow(TypedDict):
     expected_int8: bool
     int8: bool
     reason: str
+    promised: NotRequired[str]
+    built: NotRequired[str]
 
 
 class CoverageRow(TypedDict):
@@ -319,6 +330,7 @@ class JudgedSummary(TypedDict, total=False):
 
     int8_macs: Size | None
     onnx_megabytes: Size | None
+    census: dict[str, TypeCensus]
 
 
 class JudgedData(TypedDict, total=False):
@@ -333,6 +345,7 @@ class JudgedLayer(TypedDict, total=False):
     module: str
     node: str
     int8: bool
+    built: str
     reason: str
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from qdq.observers.solve import SOLVERS
+from qdq.product_types import LOW_TYPES, word_of
 from qdq.report.load import StoredReport
 from qdq.report.records import LayerRecord, MethodRange, TensorRecord
 from qdq.report.wording import (
@@ -197,13 +198,19 @@ def list_census(layers: Iterable[Mapping[str, Any]]) -> list[CensusGroup]:
 
 
 def _judge(layer: Mapping[str, Any]) -> _CensusKey:
-    """Whether a layer of the engine runs in int8, and whether it should."""
-    if layer["int8"]:
-        return _CensusKey(layer["op_type"], "int8", layer["reason"], is_bad=False)
-    if layer["expected_int8"]:
-        verdict = "NOT int8, though quantized"
+    """The type in which a layer of the engine runs, and whether it should run in another one."""
+    built, promised = find_types(layer)
+    if promised in LOW_TYPES and built != promised:
+        verdict = f"NOT {word_of(promised)}, though quantized"
         return _CensusKey(layer["op_type"], verdict, layer["reason"], is_bad=True)
-    return _CensusKey(layer["op_type"], "float", layer["reason"], is_bad=False)
+    return _CensusKey(layer["op_type"], word_of(built), layer["reason"], is_bad=False)
+
+
+def find_types(layer: Mapping[str, Any]) -> tuple[str, str]:
+    """The built and the promised type of an entry of `build.layers`; earlier versions recorded int8 only."""
+    built = "Int8" if layer["int8"] else ""
+    promised = "Int8" if layer["expected_int8"] else ""
+    return layer.get("built", built), layer.get("promised", promised)
 
 
 @dataclass(frozen=True)

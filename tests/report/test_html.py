@@ -191,6 +191,29 @@ def test_numbers_that_decide_come_first(page):
     assert text.index("layers in int8") < text.index('id="sensitivity"')
 
 
+def test_fp8_beside_int8(store):
+    """Each type has its figure, its colour and its verdict; one layer of FP8 is not built as promised."""
+    names = [f"l{number}" for number in range(4)]
+    report = make_report(names, float_layers=["l0"])
+    for name in ("l2", "l3"):
+        report["layers"][names.index(name)]["precision"] = "FP8"
+    for row, built in zip(report["build"]["layers"][2:], ("FP8", "Half"), strict=True):
+        row |= {"expected_int8": False, "int8": False, "promised": "FP8", "built": built}
+    report["summary"]["census"] = {
+        "Int8": {"expected": 1, "missing": [], "macs": 0.25},
+        "FP8": {"expected": 2, "missing": ["l3"], "macs": 0.25},
+    }
+    text = render_report(load_report(store(report)))
+    figures = dict(re.findall(r'<dt>([^<]*)</dt><dd class="value[^"]*">([^<]*)</dd>', text))
+    assert figures["layers in int8 and FP8"] == "3 of 4"
+    assert figures["multiplications in int8"] == figures["multiplications in FP8"] == "25.0 %"
+    assert figures["census"] == "2 of 3"
+    assert "2 of 3 layers that have Q/DQ in the file run in the type of their Q/DQ." in text
+    assert "NOT FP8, though quantized" in text
+    assert "<option>int8</option><option>FP8</option><option>float</option>" in text
+    assert '<span class="tag FP8">FP8</span>' in text
+
+
 def test_300_layers_fit(page):
     names = [
         f"features.stage{number // 30}.block{number}.expand_convolution" for number in range(300)
