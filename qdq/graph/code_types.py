@@ -55,6 +55,9 @@ CODE_TYPES: dict[ir.DataType, CodeType] = {
 }
 """Every type that ONNX allows for codes."""
 
+LARGEST_FP8_KERNEL = 32
+"""Most positions of a kernel, height x width, for which TensorRT-RTX 1.7 runs a convolution in FP8 (R-CONV-8)."""
+
 _INT8 = CODE_TYPES[ir.DataType.INT8]
 
 # TensorRT's own Q and DQ, which ModelOpt writes: FP8 for opsets below 19, blocks in every opset -> type of the codes.

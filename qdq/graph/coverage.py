@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.graph.code_types import (
+    LARGEST_FP8_KERNEL,
     find_code_type,
     is_trt_dequantizer,
     is_trt_quantizer,
@@ -542,7 +544,16 @@ def reason_for_float(node: ir.Node) -> str:
         reason = _reason_against_parameters(dequantizer, operand, node.op_type)
         if reason:
             return reason
-    return _reason_against_scales(node)
+    return _reason_against_shapes(node, activation)
+
+
+def _count_kernel_positions(node: ir.Node) -> int:
+    """Height x width of the kernel of a convolution; 0 for another product, and if the shape is not known."""
+    weight = input_of(node, 1)
+    if node.op_type != "Conv" or weight is None or weight.shape is None:
+        return 0
+    sizes = [size for size in weight.shape[2:] if isinstance(size, int)]
+    return math.prod(sizes)
 
 
 def _explain_weight_only(node: ir.Node, weight: str) -> str:
@@ -565,18 +576,23 @@ def _explain_unread(dequantize: ir.Node, operand: str) -> str:
     return f"the {operand} has {find_code_type(dequantize).name} codes, which TensorRT does not read (R-SYM)"
 
 
-def _reason_against_scales(node: ir.Node) -> str:
-    """Why TensorRT does not take the shapes of the scales of a product.
+def _reason_against_shapes(node: ir.Node, code_type: str) -> str:
+    """Why TensorRT does not take the shape of the kernel, or those of the scales, of a product.
 
     The axis of the scales of the second operand is checked only if the product reads the DQ directly. After a Transpose
     the axis differs; the rule R-AXIS of `qdq check` follows it. Scales of blocks are checked by that rule too.
 
     Args:
         node: A product of two quantized operands.
+        code_type: The type of both.
 
     Returns:
         "" if it does.
     """
+    positions = _count_kernel_positions(node)
+    if code_type == "FP8" and positions > LARGEST_FP8_KERNEL:
+        return f"its kernel has {positions} positions, and a convolution in FP8 at most {LARGEST_FP8_KERNEL} (R-CONV-8)"
+
     scale = _scale_of(dequantizer_of(node.inputs[0]))
     if scale is not None and scale.size != 1:
         return f"its input has {scale.size} scales (R-ACT-PC)"

@@ -26,7 +26,8 @@ _USUAL_CAUSES = {
     "(R-AXIS), a GPU without the kernel (SM 75: no int8 convolution); `qdq check` finds the first two. A product whose "
     "result is cut into q, k and v may be fused with the next layers in a float kernel; nothing in the file changes "
     "that.",
-    "FP8": f"{_OWN_KERNELS}weight scales along the wrong axis (R-AXIS), which `qdq check` finds.",
+    "FP8": f"{_OWN_KERNELS}a convolution with more than 32 kernel positions (R-CONV-8) or with a scale of shape [1] "
+    "(R-SHAPE), weight scales along the wrong axis (R-AXIS); `qdq check` finds all of them.",
     "MXFP8": "TensorRT-RTX 1.7 dequantizes the blocks of MXFP8 before it multiplies.",
     "FP4": f"{_OWN_KERNELS}blocks of another size than 16, or not along the sum of the product.",
 }

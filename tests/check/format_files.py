@@ -95,15 +95,22 @@ def fp8_matmul(path, *, real=HALF, opset=21, axis=None, dtype=E4M3, **pair):
 
 
 def fp8_conv(
-    path, *, op_type="Conv", scale=0.01, channel_scales=False, real=HALF, relu_before=False
+    path,
+    *,
+    kernel=(3, 3),
+    op_type="Conv",
+    scale=0.01,
+    channel_scales=False,
+    real=HALF,
+    relu_before=False,
 ):
     file = File(real)
     if relu_before:
         file.node("Relu", ["x"], "r")
     file.pair("r" if relu_before else "x", "xd", scale)
     weight_scale = np.full(16, 0.02) if channel_scales else 0.02
-    file.weight(codes_of(16, 16, 3, 3), weight_scale, **({"axis": 0} if channel_scales else {}))
-    file.node(op_type, ["xd", "wd"], "m", pads=[1] * 4)
+    file.weight(codes_of(16, 16, *kernel), weight_scale, **({"axis": 0} if channel_scales else {}))
+    file.node(op_type, ["xd", "wd"], "m", pads=[size // 2 for size in kernel] * 2)
     file.node("Relu", ["m"], "y")
     return file.save(path, [1, 16, 8, 8], [1, 16, 8, 8])
 

@@ -36,6 +36,7 @@ def _fp8_weights(path):
         (lambda path: files.fp8_matmul(path, axis=1), 89, "FP8"),
         (lambda path: files.fp8_matmul(path, scale=[0.01]), 89, "FP8"),
         (files.fp8_conv, 120, "FP8"),
+        (lambda path: files.fp8_conv(path, kernel=(5, 5)), 120, "FP8"),
         (lambda path: files.fp8_conv(path, channel_scales=True), 89, "FP8"),
         (files.trt_fp8, 89, "FP8"),
         (files.nvfp4, 120, "FP4"),
@@ -60,7 +61,8 @@ def test_built_as_promised(make, sm, built, tmp_path):
     ("make", "promised", "built", "reason"),
     [
         (lambda path: files.fp8_matmul(path, axis=0), "FP8", "Half", "R-AXIS"),
-        (lambda path: files.fp8_conv(path, scale=[0.01]), "FP8", "Half", "separate kernels"),
+        (lambda path: files.fp8_conv(path, scale=[0.01]), "FP8", "Half", "R-SHAPE"),
+        (lambda path: files.fp8_conv(path, kernel=(7, 7)), "FP8", "Half", "R-CONV-8"),
         (lambda path: files.fp8_conv(path, op_type="ConvTranspose"), "FP8", "Half", "R-CT-3"),
     ],
 )

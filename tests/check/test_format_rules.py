@@ -65,6 +65,7 @@ BROKEN = {
     "QDQ102 FP8": (matmul(zero=1.0), ["xd_q", "xd"], "the zero point is not zero"),
     "QDQ103 FP8": (conv(scale=[0.01]), ["xd_q", "xd"], "shape [1]"),
     "QDQ117 FP8": (conv(op_type="ConvTranspose"), ["m"], "gains nothing from FP8"),
+    "QDQ117 large kernel": (conv(kernel=(7, 7)), ["m"], "kernel [7, 7] (R-CONV-8)"),
     "QDQ133 FP8": (matmul(opset=17, real=SINGLE), ["xd_q", "xd", "wd"], "FP8, which opset 17"),
     "QDQ133 int4": (_early_int4, ["wd"], "int4, which opset 19"),
     "QDQ134 FP8": (matmul(), ["xd_q", "xd", "wd"], "FP8, which SM 86 does not have"),
@@ -92,6 +93,7 @@ SOUND = {
         path, files.E4M3
     ),
     "QDQ103 product": matmul(scale=[0.01]),
+    "QDQ117": conv(kernel=(5, 5)),
     "QDQ133": matmul(opset=19),
     "QDQ135": matmul(saturate=1),
     "QDQ136 half precision": attention(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import COMMUTING_OPS, COPY_OPS, GraphView, is_op, name_of
+from qdq.graph.code_types import LARGEST_FP8_KERNEL
 
 _MIN_MATMUL = 16
 _MIN_CHANNELS = 16
@@ -25,8 +27,10 @@ _BEFORE_OUTPUT = COPY_OPS | {"Add", "Cast", "Concat", "LogSoftmax", "Sigmoid", "
     "QDQ117",
     "warning",
     "A quantized layer without an efficient kernel: GEMV, tiny product, few channels, grouped, 3-D or transposed "
-    "convolution (R-MM-3, R-CONV-3, R-CONV-4, R-CONV-7, R-CT-3).",
-    "It is slower than in float, or the build stops with 'could not find any implementation'.",
+    "convolution, or in FP8 a convolution with a large kernel (R-MM-3, R-CONV-3, R-CONV-4, R-CONV-7, R-CONV-8, "
+    "R-CT-3).",
+    "It is slower than in float, or the build stops with 'could not find any implementation'. TensorRT-RTX runs an FP8 "
+    "convolution of more than 32 kernel positions, such as 7 x 7, in float.",
     "[src] ModelOpt graph_utils, for int8 and FP8; [iss] 4529, 1409, 2125, 1694, 2280; [probe] TensorRT-RTX runs a "
     "deconvolution in float, whatever the type of its Q/DQ",
 )
@@ -70,6 +74,9 @@ def _describe_weakness(view: GraphView, node: ir.Node, dequantizer: ir.Node) -> 
     if not sizes:
         return ""
     if node.op_type == "Conv":
+        is_fp8 = view.code_word(dequantizer) == "FP8"
+        if is_fp8 and math.prod(sizes[2:]) > LARGEST_FP8_KERNEL:
+            return f"a convolution of kernel {sizes[2:]} (R-CONV-8)"
         return _describe_conv(view, node, sizes)
     return _describe_product(view, node, sizes)
 
