@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +13,22 @@ import onnx_ir as ir
 from qdq.check.facts import FileFacts
 from qdq.check.inspection import inspect_file
 from qdq.check.load import load_onnx
-from qdq.check.rules import choose_rules, find_violations
+from qdq.check.rules import GraphView, choose_rules, find_violations
+from qdq.check.rules.attention import list_attention
+from qdq.check.rules.view import name_of
 from qdq.errors import ArgumentError, BuildError, CheckError, DependencyError
 from qdq.files import as_path, guard_files, write_atomic
-from qdq.graph.code_types import is_trt_quantizer, list_lacking
+from qdq.graph.code_types import find_code_type, is_trt_quantizer, list_lacking
 from qdq.graph.coverage import Coverage, list_work_nodes, measure_coverage
 from qdq.graph.names import name_unnamed
-from qdq.graph.pairs import producer_of
+from qdq.graph.pairs import QDQ_OPS, is_op, producer_of
 from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
 from qdq.product_types import LOW_TYPES, list_low_types, word_of
 from qdq.trt.backend import DEFAULT_SM, Backend, find_backend
 from qdq.trt.builder import build_plan
 from qdq.trt.census import LayerCensus, take_census
+from qdq.trt.kernels import Kernel
 from qdq.trt.profiles import Profile, Shape, choose_profiles
 from qdq.trt.trtexec import trtexec_lines
 
@@ -34,6 +37,9 @@ ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
 
 # TensorRT builds no file that breaks one of these rules. It may accept other files that onnx's checker refuses.
 _FATAL_RULES = ("QDQ205", "QDQ208")
+# Rules whose findings name a Softmax with the reason why its attention is split.
+_ATTENTION_RULES = ("QDQ118", "QDQ136")
+_UNKNOWN_SPLIT = "no rule knows why; TensorRT fuses attention in half precision only."
 # Constant, and the operators that TensorRT folds between a constant and the scale of a Q/DQ. It crashes on others, for
 # example on ReduceMax.
 _FOLDED_INTO_SCALE = frozenset(
@@ -57,6 +63,21 @@ class TypeCensus:
 
 
 @dataclass(frozen=True)
+class AttentionCensus:
+    """An attention of the graph: two products around a softmax.
+
+    Args:
+        softmax: Name of the Softmax node.
+        is_fused: Whether one kernel computes both products.
+        reason: Why not; empty if one does.
+    """
+
+    softmax: str
+    is_fused: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """Result of `build_engine`: the engine, and the type in which each layer runs.
 
@@ -71,6 +92,7 @@ class BuildReport:
         profiles: Dynamic input -> `min`, `opt` and `max` shape.
         layers: Every convolution and matrix product, in the order of the graph.
         coverage: The expectation for each of them before the build.
+        attention: Every attention that is written as MatMul, Softmax and MatMul.
         trtexec: Command for the target by version, `tensorrt8.6`, `tensorrt10` and `tensorrt11` (see `trtexec_lines`).
         warnings: The reason why onnx's checker refuses a file that TensorRT builds; each builder message of severity
             WARNING or above, once.
@@ -86,6 +108,7 @@ class BuildReport:
     profiles: dict[str, Profile]
     layers: list[LayerCensus]
     coverage: Coverage
+    attention: list[AttentionCensus]
     trtexec: dict[str, str]
     warnings: list[str]
 
@@ -161,8 +184,19 @@ class BuildReport:
         lines += map(self._describe_share, self.low_types if self.coverage.macs else ())
         if self.coverage.macs and self.coverage.num_unknown:
             lines[-1] += f" ({self.coverage.num_unknown} nodes of unknown work not counted)"
+        if "FP8" in self.low_types:
+            lines += self._format_attention()
         lines += map(self._summarize, self.low_types)
         return "\n".join(lines)
+
+    def _format_attention(self) -> Iterator[str]:
+        """One line for each attention in several kernels, with the reason, then how many are in one."""
+        for attention in self.attention:
+            if not attention.is_fused:
+                yield f"{attention.softmax}: attention in several kernels: {attention.reason}"
+        if self.attention:
+            fused = [attention for attention in self.attention if attention.is_fused]
+            yield f"attention: {len(fused)} of {len(self.attention)} in one kernel"
 
     def _describe_share(self, type_name: str) -> str:
         """The fraction of the MACs in a type, built and predicted."""
@@ -251,7 +285,7 @@ def build_engine(
         onnx_path,
         target_engine,
         profiles,
-        half=has_type(model, ir.DataType.FLOAT16),
+        half=_decides_types(model),
         opset=model.opset_imports.get("", 0),
     )
     chosen_backend = _find_backend(backend, commands)
@@ -279,6 +313,7 @@ def build_engine(
         profiles=profiles,
         layers=take_census(list_work_nodes(model), plan.kernels),
         coverage=measure_coverage(model, **facts.inference),
+        attention=_find_attention(model, plan.kernels),
         trtexec=commands,
         warnings=[*refusal, *plan.warnings],
     )
@@ -427,6 +462,35 @@ def has_type(model: ir.Model, dtype: ir.DataType) -> bool:
     for node in model.graph:
         values.extend(node.outputs)
     return any(value.dtype == dtype for value in values)
+
+
+def _decides_types(model: ir.Model) -> bool:
+    """Whether the types of the graph must decide before TensorRT 11 too: float16, or codes other than int8."""
+    if has_type(model, ir.DataType.FLOAT16):
+        return True
+    for node in model.graph.all_nodes():
+        if is_trt_quantizer(node):
+            return True
+        if is_op(node, *QDQ_OPS) and find_code_type(node).name not in ("int8", "uint8"):
+            return True
+    return False
+
+
+def _find_attention(model: ir.Model, kernels: Sequence[Kernel]) -> list[AttentionCensus]:
+    """Whether each attention of a graph is one kernel, and why not."""
+    reasons = {}
+    for finding in find_violations(model, choose_rules(_ATTENTION_RULES)):
+        if finding.severity != "info":
+            reasons[finding.node] = f"{finding.message} ({finding.rule})."
+
+    census = []
+    for softmax, *products in list_attention(GraphView(model)):
+        names = {str(product.name) for product in products}
+        is_fused = any(names.issubset(kernel.onnx_nodes) for kernel in kernels)
+        name = name_of(softmax)
+        reason = "" if is_fused else reasons.get(name, _UNKNOWN_SPLIT)
+        census.append(AttentionCensus(name, is_fused, reason))
+    return census
 
 
 def _choose_engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:

@@ -31,6 +31,7 @@ NO_BUILD = qdq.BuildReport(
     profiles={},
     layers=[],
     coverage=Coverage(()),
+    attention=[],
     trtexec={},
     warnings=[],
 )

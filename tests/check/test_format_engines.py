@@ -107,6 +107,15 @@ def test_a_gpu_without_the_type_is_refused_before_the_build(
     assert "\n" not in str(error.value)
 
 
+def test_commands_for_the_target(tmp_path):
+    """With FP8 the types of the graph decide before TensorRT 11 too, also in float32."""
+    for real in (files.HALF, files.SINGLE):
+        report = _build(lambda path, real=real: files.fp8_matmul(path, real=real), tmp_path)
+        assert "--stronglyTyped" in report.trtexec["tensorrt10"]
+        assert "--int8" not in report.trtexec["tensorrt10"]
+        assert "tensorrt8.6" not in report.trtexec
+
+
 def test_the_command(tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
     path = files.fp8_conv(tmp_path / "m.onnx", op_type="ConvTranspose")
@@ -136,3 +145,8 @@ def test_attention(options, types, is_fused, tmp_path):
     first, second = report.layers
     assert (first.kernel == second.kernel) == is_fused
     assert first.kernel.startswith("_gemm_mha") == is_fused
+    (attention,) = report.attention
+    assert (attention.softmax, attention.is_fused) == ("p", is_fused)
+    assert bool(attention.reason) is not is_fused
+    assert ("QDQ136" in attention.reason) == ("FP8" in types and not is_fused)
+    assert ("attention: " in report.format_table()) == ("FP8" in types)

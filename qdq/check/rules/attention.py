@@ -166,6 +166,18 @@ def _check_fp8_attention(
         )
 
 
+def list_attention(view: GraphView) -> Iterator[tuple[ir.Node, ir.Node, ir.Node]]:
+    """The attention of a graph that is written as two products around a softmax.
+
+    Yields:
+        The Softmax, the product of query and key, and the product of the softmax and the value.
+    """
+    for node in view.select("Softmax"):
+        scores, weighted_sum = _score_product(view, node), _value_product(view, node)
+        if scores is not None and weighted_sum is not None:
+            yield node, scores, weighted_sum
+
+
 @dataclass(frozen=True)
 class _Attention:
     """The two products around a softmax, and what they read.
