@@ -702,7 +702,10 @@ def test_106_numbers_of_scales_that_cannot_be_broadcast():
 
 
 def test_every_rule_has_a_broken_graph():
-    compared = {"QDQ190", "QDQ191"}  # need outputs: test_check.py; others a file: test_file.py, test_format_rules.py
+    compared = {
+        "QDQ190",
+        "QDQ191",
+    }  # need outputs: test_check.py; others a file: test_file.py, test_format_rules.py
     predicted = {"QDQ150"}  # needs a GPU: test_payoff.py
     broken = {case.split()[0] for case in [*BROKEN, *BROKEN_FORMATS]}
     assert broken == set(RULES) - compared - predicted - FILE_RULES
