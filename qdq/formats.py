@@ -10,35 +10,81 @@ from qdq.errors import ArgumentError
 AMAX_FLOOR = 2.0**-64
 """Smallest range with its own scale; smaller ones get this scale, which keeps it positive for amax 0 (R-SCALE)."""
 
+FP8_BITS = (4, 3)
+"""`num_bits` of FP8 E4M3: 4 bits of exponent, 3 of mantissa, as pytorch-quantization and ModelOpt write it."""
+
+FORMAT_NAMES = ("int8", "fp8")
+"""The formats that TensorRT multiplies in, by the name in options and plans."""
+
+NumBits = int | tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Format:
-    """An integer format with zero point 0.
+    """An integer format with zero point 0, or FP8 E4M3.
+
+    FP8 is E4M3FN (Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433): no infinity, the largest
+    number is 448. Its codes are the numbers that it has, so a code times the scale is a value, as for integers.
 
     Args:
-        num_bits: Width in bits, 2 to 16.
+        num_bits: Width in bits, 2 to 16; (4, 3) for FP8 E4M3.
         unsigned: Codes start at 0.
         narrow_range: Leave out the most negative code, so that the range is symmetric.
 
     Raises:
-        ArgumentError: `num_bits` outside 2..16.
+        ArgumentError: `num_bits` outside 2..16 and not (4, 3); FP8 without a sign or with a narrow range.
     """
 
-    num_bits: int = 8
+    num_bits: NumBits = 8
     unsigned: bool = False
     narrow_range: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_bits <= 16:
+        if isinstance(self.num_bits, tuple):
+            self._require_fp8()
+        elif not 2 <= self.num_bits <= 16:
             raise ArgumentError(
                 f"num_bits is {self.num_bits}; integer formats have 2 to 16 bits.",
                 "use num_bits=8 for TensorRT; other widths are simulated in torch only.",
             )
 
+    def _require_fp8(self) -> None:
+        if self.num_bits != FP8_BITS:
+            raise ArgumentError(
+                f"num_bits is {self.num_bits}; of the float formats only FP8 E4M3 is known, (4, 3).",
+                "use num_bits=(4, 3), or an integer width.",
+            )
+        if self.unsigned or self.narrow_range:
+            raise ArgumentError(
+                "FP8 E4M3 has a sign and the same numbers on both sides of 0: it cannot be unsigned, and its range is "
+                "always symmetric.",
+                "leave out unsigned and narrow_range.",
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the codes are floating-point numbers: a grid whose steps grow with the values."""
+        return isinstance(self.num_bits, tuple)
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return 8 if isinstance(self.num_bits, tuple) else self.num_bits
+
+    @property
+    def name(self) -> str:
+        """Its name: "int8", "fp8", "uint4"."""
+        if self.is_float:
+            return "fp8"
+        sign = "u" if self.unsigned else ""
+        return f"{sign}int{self.width}"
+
     @property
     def qmax(self) -> int:
         """The largest code, which amax is mapped to."""
-        num_magnitude_bits = self.num_bits if self.unsigned else self.num_bits - 1
+        if self.is_float:
+            return 448
+        num_magnitude_bits = self.width if self.unsigned else self.width - 1
         return (1 << num_magnitude_bits) - 1
 
     @property
@@ -46,13 +92,35 @@ class Format:
         """The smallest code. TensorRT clamps to -128, not to -127 (R-RANGE)."""
         if self.unsigned:
             return 0
-        if self.narrow_range:
+        if self.is_float or self.narrow_range:
             return -self.qmax
         return -self.qmax - 1
 
     @property
+    def clip_high(self) -> float:
+        """What is above rounds to a code that the format does not have, and is clipped to `qmax`."""
+        return self.qmax + (16 if self.is_float else 0.5)  # half of the last step, 448 - 416
+
+    @property
+    def clip_low(self) -> float:
+        """What is below is clipped to `qmin`."""
+        return self.qmin - (16 if self.is_float else 0.5)
+
+    def list_magnitudes(self) -> list[float]:
+        """The codes from 0 to `qmax`, ascending."""
+        if not self.is_float:
+            return [float(code) for code in range(self.qmax + 1)]
+        subnormal = [mantissa / 8 * 2.0**-6 for mantissa in range(8)]
+        normal = [
+            (1 + mantissa / 8) * 2.0**exponent for exponent in range(-6, 9) for mantissa in range(8)
+        ]
+        return [*subnormal, *normal[:-1]]  # the last one would be NaN
+
+    @property
     def tensorrt_reason(self) -> str | None:
-        """The reason why TensorRT cannot take this format as int8 Q/DQ; None if it can."""
+        """The reason why TensorRT cannot take this format as int8 or FP8 Q/DQ; None if it can."""
+        if self.is_float:
+            return None
         if self.unsigned:
             return (
                 "unsigned codes above 127 saturate in TensorRT, which reads uint8 as int8 (R-SYM)"
@@ -60,6 +128,10 @@ class Format:
         if self.num_bits != 8:
             return f"TensorRT has int8 Q/DQ only, not {self.num_bits} bit; other widths stay a simulation"
         return None
+
+
+FP8 = Format(FP8_BITS)
+"""FP8 E4M3."""
 
 
 def scale_from_amax(amax: Any, fmt: Format) -> Any:

@@ -10,6 +10,12 @@ The gradient passes where the code is inside the range (straight-through; Bengio
 A learned range has the gradient of LSQ (Esser et al., ICLR 2020, arXiv 1902.08153) or of PACT (Choi et al.,
 arXiv 1805.06085).
 
+For FP8 (E4M3), B is 448, and a code is a number of that format. The scale divides, as in ONNX, and the codes are those
+of a cast of torch:
+
+    code  = float8_e4m3fn(clamp(x / scale, -448, 448))
+    value = code * scale
+
 ONNX and TensorRT store the same scale, a divisor. `graph.raise_scales` documents the scales of an exported file.
 """
 
@@ -30,6 +36,8 @@ RANGE_RULES = ("lsq", "pact")
 """Gradients of a learned range, see `fake_quantize`."""
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
+LOWEST_FP8_OPSET = 19
+"""The first opset of ONNX whose QuantizeLinear has FP8."""
 _PIECE = 1 << 17  # elements: a CPU cache holds this many of the input and of the result at once
 
 
@@ -116,7 +124,7 @@ def own_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def quantize_codes(
     values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None = None
 ) -> torch.Tensor:
-    """The integer codes of a float32 tensor, as float32.
+    """The codes of a float32 tensor, as float32.
 
     Args:
         values: Any shape.
@@ -124,8 +132,27 @@ def quantize_codes(
         fmt: The format.
         axis: The axis that `scale` belongs to, None for one scale.
     """
-    inverse = _broadcast_scale(scale, values, axis).reciprocal()
-    return (values * inverse).round_().clamp_(fmt.qmin, fmt.qmax)
+    step = _broadcast_scale(scale, values, axis)
+    if fmt.is_float:
+        return _round_in_place(values / step, fmt)
+    return _round_in_place(values * step.reciprocal(), fmt)
+
+
+def _round_in_place(ratio: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """Replace values in units of their scale by codes."""
+    if fmt.is_float:
+        return ratio.copy_(ratio.clamp_(fmt.qmin, fmt.qmax).to(torch.float8_e4m3fn))
+    return ratio.round_().clamp_(fmt.qmin, fmt.qmax)
+
+
+def _divide_by_scale(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, out: torch.Tensor
+) -> None:
+    """Fill `out` with values in units of their scale: by division for FP8, by the reciprocal for integers."""
+    if fmt.is_float:
+        torch.div(values, scale, out=out)
+    else:
+        torch.mul(values, scale.reciprocal(), out=out)
 
 
 def from_log2(log2_amax: torch.Tensor) -> torch.Tensor:
@@ -163,7 +190,9 @@ def _fake_quantize_float32(
     has_gradients = torch.is_grad_enabled()
     if has_gradients and scale.requires_grad:
         return _straight_through(values, scale, fmt, axis, range_rule)
-    if _is_captured() or _is_one_kernel(values, axis):
+    if fmt.is_float and _is_captured():
+        return _capture_fp8(values, scale, fmt, axis)
+    if _is_captured() or _is_one_kernel(values, fmt, axis):
         return fake_quantize_with_operator(values, scale, fmt, axis)
     if has_gradients and values.requires_grad:
         return _straight_through(values, scale, fmt, axis, range_rule)
@@ -175,9 +204,46 @@ def _is_captured() -> bool:
     return torch.compiler.is_compiling() or bool(is_tracing())  # type: ignore[no-untyped-call]
 
 
-def _is_one_kernel(values: torch.Tensor, axis: int | None) -> bool:
-    """Whether the operator of torch is the fastest implementation."""
-    return axis is None and values.device.type != "cpu"
+def _is_one_kernel(values: torch.Tensor, fmt: Format, axis: int | None) -> bool:
+    """Whether the operator of torch is the fastest implementation; it has integer codes only."""
+    return axis is None and not fmt.is_float and values.device.type != "cpu"
+
+
+def _capture_fp8(
+    values: torch.Tensor, scale: torch.Tensor, fmt: Format, axis: int | None
+) -> torch.Tensor:
+    """FP8 while torch records operators: Q/DQ by name for an ONNX file, a cast for everything else."""
+    if torch.onnx.is_in_onnx_export():
+        return _write_fp8(values, scale, axis)
+    step = _broadcast_scale(scale, values, axis)
+    ratio = values.detach() / step
+    codes = ratio.clamp(fmt.qmin, fmt.qmax).to(torch.float8_e4m3fn)
+    quantized = codes.float() * step
+    clipped = torch.where(ratio.abs() < fmt.clip_high, values, quantized)
+    # The sum is exact: a code differs by at most a factor of two from what it rounds, or it is 0 (Sterbenz).
+    return clipped + (quantized - clipped).detach()
+
+
+def _write_fp8(values: torch.Tensor, scale: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """Q/DQ of FP8 by the names of ONNX operators: torch has no operator that its exporter writes so."""
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    zero_point = torch.zeros_like(scale).to(torch.float8_e4m3fn)
+    codes = torch.onnx.ops.symbolic(
+        "QuantizeLinear",
+        (values, scale, zero_point),
+        attributes,
+        dtype=torch.float8_e4m3fn,
+        shape=values.shape,
+        version=LOWEST_FP8_OPSET,
+    )
+    return torch.onnx.ops.symbolic(
+        "DequantizeLinear",
+        (codes, scale, zero_point),
+        attributes,
+        dtype=torch.float32,
+        shape=values.shape,
+        version=LOWEST_FP8_OPSET,
+    )
 
 
 def fake_quantize_with_operator(
@@ -188,7 +254,7 @@ def fake_quantize_with_operator(
     Args:
         values: Any shape.
         scale: 0-D, or 1-D with one or as many elements as `values` has along `axis`.
-        fmt: The format.
+        fmt: An integer format.
         axis: The axis that `scale` belongs to, counted from the front; None for one scale.
     """
     zero_point = torch.zeros_like(scale, dtype=torch.int32)
@@ -223,8 +289,8 @@ def fake_quantize_in_pieces(
     sources = _split(values, axis, length)
     targets = _split(result, axis, length)
     for step, source, target in zip(scales, sources, targets, strict=True):
-        torch.mul(source, step.reciprocal(), out=target)
-        target.round_().clamp_(fmt.qmin, fmt.qmax).mul_(step)
+        _divide_by_scale(source, step, fmt, target)
+        _round_in_place(target, fmt).mul_(step)
     return result
 
 
@@ -247,7 +313,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.fmt = fmt
         ctx.axis = axis
         ctx.range_rule = range_rule
-        if _is_one_kernel(values, axis):
+        if _is_one_kernel(values, fmt, axis):
             return fake_quantize_with_operator(values, scale, fmt, axis)
         return fake_quantize_in_pieces(values, scale, fmt, axis)
 
@@ -288,7 +354,7 @@ def _differentiate_values(
     grad_values = torch.empty_like(values)
     if axis is None and values.device.type == "cpu":  # on a GPU reading the scale would wait for it
         width = scale.item()
-        low, high = (fmt.qmin - 0.5) * width, (fmt.qmax + 0.5) * width
+        low, high = fmt.clip_low * width, fmt.clip_high * width
         torch.ops.aten.hardtanh_backward(grad, values, low, high, grad_input=grad_values)
         return grad_values
 
@@ -331,7 +397,7 @@ def _differentiate(
         ratio = _trim(ratio_scratch, source)
         codes = _trim(codes_scratch, source)
         _pass_inside(piece_grad, source, step, fmt, ratio, target)
-        torch.round(ratio, out=codes).clamp_(fmt.qmin, fmt.qmax)
+        _round_in_place(codes.copy_(ratio), fmt)
         if range_rule == "lsq":
             codes.mul_(piece_grad).addcmul_(target, ratio, value=-1)
         else:
@@ -352,9 +418,9 @@ def _pass_inside(
     grad_values: torch.Tensor,
 ) -> None:
     """Fill `ratio` with value / scale, and `grad_values` with the gradient where the code is inside, 0 elsewhere."""
-    torch.mul(values, scale.reciprocal(), out=ratio)
+    _divide_by_scale(values, scale, fmt, ratio)
     torch.ops.aten.hardtanh_backward(
-        grad, ratio, fmt.qmin - 0.5, fmt.qmax + 0.5, grad_input=grad_values
+        grad, ratio, fmt.clip_low, fmt.clip_high, grad_input=grad_values
     )
 
 

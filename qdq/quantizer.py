@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
-from qdq.formats import AMAX_FLOOR, Format
+from qdq.formats import AMAX_FLOOR, Format, NumBits
 from qdq.observers.collector import TensorCollector
 from qdq.observers.max import reduce_amax
 from qdq.observers.solve import solve_amax
@@ -39,7 +39,7 @@ class QuantDescriptor:
     """How a tensor is quantized.
 
     Args:
-        num_bits: Width in bits, 2 to 16.
+        num_bits: Width in bits, 2 to 16; (4, 3) for FP8 E4M3.
         name: A name for messages.
         axis: The axis with a range for each index (negative counts from the end); None for one range per tensor.
         amax: The range, if it is already known.
@@ -53,7 +53,7 @@ class QuantDescriptor:
         ArgumentError: A field with an invalid value.
     """
 
-    num_bits: int = 8
+    num_bits: NumBits = 8
     name: str | None = None
     axis: int | None = None
     amax: float | Sequence[float] | None = None
@@ -62,7 +62,9 @@ class QuantDescriptor:
     narrow_range: bool = False
 
     def __post_init__(self) -> None:
-        self._require_type("num_bits", int)
+        if isinstance(self.num_bits, list):  # from JSON or YAML
+            object.__setattr__(self, "num_bits", tuple(self.num_bits))
+        self._require_type("num_bits", int | tuple)
         self._require_type("axis", int | None)
         self._require_type("name", str | None)
         _require_choice("calib_method", self.calib_method, tuple(_CALIB_METHODS))
@@ -87,7 +89,7 @@ class QuantDescriptor:
     def __str__(self) -> str:
         place = "per-tensor" if self.axis is None else f"axis={self.axis}"
         sign = "unsigned " if self.unsigned else ""
-        return f"QuantDescriptor({sign}{self.num_bits}bit {place})"
+        return f"QuantDescriptor({sign}{_describe_width(self.num_bits)} {place})"
 
 
 class TensorQuantizer(nn.Module):
@@ -139,8 +141,8 @@ class TensorQuantizer(nn.Module):
             self.amax = desc.amax
 
     @property
-    def num_bits(self) -> int:
-        """Width of the codes in bits."""
+    def num_bits(self) -> NumBits:
+        """Width of the codes in bits; (4, 3) for FP8 E4M3."""
         return self.format.num_bits
 
     @property
@@ -635,7 +637,7 @@ class TensorQuantizer(nn.Module):
             parts.append("disabled")
         if self._unsigned:
             parts.append("unsigned")
-        parts.append(f"{self._num_bits}bit")
+        parts.append(_describe_width(self._num_bits))
         if self._narrow_range:
             parts.append("narrow")
         parts.append("per-tensor" if self._axis is None else f"axis={self._axis}")
@@ -742,6 +744,11 @@ def summarize_amax(amax: torch.Tensor | None) -> str:
     if amax.numel() == 1:
         return f"{amax.item():.4f}"
     return f"[{amax.min().item():.4f}, {amax.max().item():.4f}]({amax.numel()})"
+
+
+def _describe_width(num_bits: NumBits) -> str:
+    """The width for a line of text."""
+    return "E4M3" if isinstance(num_bits, tuple) else f"{num_bits}bit"
 
 
 def _fits_axis(amax: torch.Tensor, weight: torch.Tensor, axis: int) -> bool:

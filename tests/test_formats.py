@@ -1,11 +1,12 @@
 """Codes, scales and refusals of number formats, against the powers of two that define them."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 from qdq import ArgumentError
-from qdq.formats import AMAX_FLOOR, Format, scale_from_amax
+from qdq.formats import AMAX_FLOOR, FP8, Format, scale_from_amax
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,33 @@ def test_the_precision_of_a_range_is_that_of_its_scale():
 def test_nan_has_no_scale():
     assert np.isnan(scale_from_amax(np.array([np.nan]), Format())).all()
     assert torch.isnan(scale_from_amax(torch.tensor(float("nan")), Format()))
+
+
+class TestFP8:
+    def test_codes_are_those_of_ml_dtypes(self):
+        bytes_up_to_448 = np.arange(127, dtype=np.uint8)
+        codes = bytes_up_to_448.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        np.testing.assert_array_equal(FP8.list_magnitudes(), codes)
+        assert (FP8.qmin, FP8.qmax, FP8.width, FP8.name) == (-448, 448, 8, "fp8")
+        assert FP8.tensorrt_reason is None
+
+    def test_what_is_clipped_starts_halfway_to_a_code_that_is_nan(self):
+        halfway = (448 + 480) / 2
+        assert (FP8.clip_low, FP8.clip_high) == (-halfway, halfway)
+        assert (Format().clip_low, Format().clip_high) == (-128.5, 127.5)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"num_bits": (5, 2)}, "only FP8 E4M3"),
+            ({"num_bits": (4, 3), "unsigned": True}, "cannot be unsigned"),
+            ({"num_bits": (4, 3), "narrow_range": True}, "always symmetric"),
+        ],
+    )
+    def test_other_float_formats_are_refused(self, arguments, words):
+        with pytest.raises(ArgumentError, match=words):
+            Format(**arguments)
+
+
+def test_names_of_integer_formats():
+    assert [Format(4).name, Format(unsigned=True).name] == ["int4", "uint8"]

@@ -1,5 +1,6 @@
 """The arithmetic of quantization and its gradients, against float64 and against the operators of torch."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from pretended_device import list_waits, watch
 from quantize_reference import FORMATS, edge_values, reference, same_bits
 
 from qdq import ArgumentError
-from qdq.formats import Format
+from qdq.formats import AMAX_FLOOR, FP8, Format
 from qdq.quantize import (
     compute_scale,
     fake_quantize,
@@ -345,3 +346,81 @@ class TestOnTheGpu:
         with watch(gpu) as events:
             fake_quantize(values, amax, axis=axis, range_rule=rule or "lsq").sum().backward()
         assert list_waits(events) == []
+
+
+def e4m3(ratio):
+    """The values of a cast by ml_dtypes, which saturates here because the values are clipped first."""
+    clipped = np.clip(np.asarray(ratio, np.float32), -448, 448)
+    return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+def fp8_values(scale):
+    """Codes, ties and their neighbours, values beyond the range, signed zeros, and 60,000 random numbers."""
+    codes = np.array([*FP8.list_magnitudes(), 464, 480, 1e4])
+    edges = np.concatenate([codes, (codes[1:] + codes[:-1]) / 2]) * np.float64(scale)
+    edges = edges.astype(np.float32)
+    edges = np.concatenate(
+        [edges, *(np.nextafter(edges, np.float32(side)) for side in (-np.inf, np.inf))]
+    )
+    random = np.random.default_rng(0).normal(size=60_000) * 2.0 ** np.linspace(-12, 9, 60_000)
+    values = np.concatenate([edges, -edges, random * scale, [0.0, -0.0, np.inf, -np.inf]])
+    return torch.from_numpy(values.astype(np.float32))
+
+
+class TestFP8:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("amax", [0.0, 1e-3, 3.3, 448.0])
+    def test_equals_the_casts_of_torch_and_numpy(self, amax, dtype):
+        scale = np.float32(max(amax, AMAX_FLOOR)) / np.float32(448)
+        values = fp8_values(scale).to(dtype)
+        ratio = values.float() / float(scale)
+        by_numpy = torch.from_numpy(e4m3(ratio) * scale).to(dtype)
+        by_torch = (ratio.clamp(-448, 448).to(torch.float8_e4m3fn).float() * float(scale)).to(dtype)
+        for inputs in (values, values.clone().requires_grad_()):
+            result = fake_quantize(inputs, torch.tensor(amax), FP8).detach()
+            assert torch.equal(result.view(torch.uint8), by_numpy.view(torch.uint8))
+            assert torch.equal(result.view(torch.uint8), by_torch.view(torch.uint8))
+
+    def test_nan_stays_nan(self):
+        inputs = torch.tensor([float("nan"), 1.0])
+        assert fake_quantize(inputs, torch.tensor(1.0), FP8).isnan().tolist() == [True, False]
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_per_channel(self, axis):
+        x = 3 * torch.randn(5, 4, 6)
+        amax = torch.rand(x.shape[axis]) + 0.1
+        scale = (amax / 448).reshape([-1 if dim == axis else 1 for dim in range(3)])
+        expected = torch.from_numpy(e4m3(x / scale)) * scale
+        assert torch.equal(fake_quantize(x, amax, FP8, axis), expected)
+        assert torch.equal(quantize_codes(x, amax / 448, FP8, axis) * scale, expected)
+
+    def test_gradient_passes_up_to_halfway_past_the_largest_code(self):
+        inputs = torch.tensor([-465.0, -463.0, 0.001, 448.0, 463.0, 465.0], requires_grad=True)
+        fake_quantize(inputs, torch.tensor(448.0), FP8).sum().backward()
+        assert inputs.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+    @pytest.mark.parametrize("axis", [None, 0])
+    def test_a_learned_range_has_the_gradient_of_lsq(self, axis):
+        x = 2 * torch.randn(6, 50)
+        amax = torch.tensor(1.5) if axis is None else torch.rand(6) + 0.7
+        learned = amax.clone().requires_grad_()
+        fake_quantize(x, learned, FP8, axis).sum().backward()
+        scale = (amax / 448).double().reshape(() if axis is None else (-1, 1))
+        ratio = x.double() / scale
+        codes = torch.from_numpy(e4m3(ratio.float())).double()
+        of_scale = torch.where(ratio.abs() < 464, codes - ratio, codes)
+        expected = (of_scale.sum() if axis is None else of_scale.sum(1)) / 448
+        count = x.numel() / amax.numel()
+        assert torch.allclose(learned.grad.double() * (count * 448) ** 0.5, expected, atol=1e-4)
+
+    def test_compiled_it_gives_the_same_values_and_gradients(self):
+        x = fp8_values(3.3 / 448)
+        compiled = torch.compile(
+            lambda values: fake_quantize(values, torch.tensor(3.3), FP8), backend="aot_eager"
+        )
+        inputs, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+        result, expected = compiled(inputs), fake_quantize(reference, torch.tensor(3.3), FP8)
+        assert torch.equal(result, expected)
+        result.sum().backward()
+        expected.sum().backward()
+        assert torch.equal(inputs.grad, reference.grad)

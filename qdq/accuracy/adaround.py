@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qdq.accuracy.layerwise import (
+    LayerPlan,
     Product,
     Sample,
     add_to_bias,
@@ -181,7 +182,7 @@ def round_weights(
         mask=mask,
     )
     with undoing_passes(model, "round_weights") as later:
-        plan = plan_layers(model, inputs)
+        plan = leave_out_fp8(plan_layers(model, inputs))
         outputs_before = run_flat(model, inputs, view)
         samples, expected = sample_outputs(reference or model, plan, inputs, view, seed=seed)
         for layer in plan.layers.values():
@@ -253,6 +254,27 @@ def _round_layer(layer: QuantMixin, product: Product, sample: Sample, steps: int
     add_to_bias(layer, shift)
     changed = (codes != problem.nearest).float().mean()
     return _LayerResult(changed, error)
+
+
+def leave_out_fp8(plan: LayerPlan) -> LayerPlan:
+    """A plan whose layers have weights with integer codes; FP8 weights keep their nearest code.
+
+    Raises:
+        StateError: All weights are FP8.
+    """
+    layers = {}
+    skipped = dict(plan.skipped)
+    for name, layer in plan.layers.items():
+        if layer.weight_quantizer.format.is_float:
+            skipped[name] = "its weight is FP8: only codes with equal steps are learned"
+        else:
+            layers[name] = layer
+    if plan.layers and not layers:
+        raise StateError(
+            "all weights are FP8, and only codes with equal steps are learned.",
+            "leave this pass out; FP8 gains little from it.",
+        )
+    return replace(plan, layers=layers, skipped=skipped)
 
 
 class SoftCodes:

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from qdq.accuracy.adaround import SoftCodes, penalize_soft
+from qdq.accuracy.adaround import SoftCodes, leave_out_fp8, penalize_soft
 from qdq.accuracy.layerwise import (
     FlatArrays,
     LayerPlan,
@@ -219,7 +219,7 @@ def reconstruct_blocks(
         mask=mask,
     )
     with undoing_passes(model, "reconstruct_blocks") as later:
-        plan = plan_layers(model, inputs)
+        plan = leave_out_fp8(plan_layers(model, inputs))
         blocks = _plan_blocks(model, plan, inputs)
         outputs_before = run_flat(model, inputs, view)
         records, expected = _record(reference or model, blocks, inputs, view)

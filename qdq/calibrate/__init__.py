@@ -28,7 +28,7 @@ from qdq.distributed import failing_together, find_rank, gather_bytes
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError
 from qdq.forward import require_model
 from qdq.observers.methods import DEFAULT_PERCENTILE
-from qdq.observers.solve import SOLVERS
+from qdq.observers.solve import SOLVERS, list_methods
 from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.quantizer import TensorQuantizer
 from qdq.statistics import Statistics, merge_parts
@@ -488,7 +488,7 @@ def _list_candidates(
 ) -> dict[str, float]:
     """The range by each method; the quantizer has no axis."""
     amaxes = {}
-    for method in SOLVERS:
+    for method in list_methods(quantizer.format):
         amaxes[method] = float(
             quantizer.solve_range(tensor, method, **options.solver_options(method))
         )

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 def solve_mse(
     counts: npt.NDArray[np.number], width: float, fmt: Format, stride: int = 1, start_bin: int = 128
 ) -> float:
-    """The bin centre with the least squared error for an integer format; see `solve_mse_levels`.
+    """The bin centre with the least squared error for a format; see `solve_mse_levels`.
 
     Args:
         counts: Occupation of the bins.
@@ -25,7 +25,8 @@ def solve_mse(
         stride: Step between candidates.
         start_bin: First candidate.
     """
-    return solve_mse_levels(counts, width, np.arange(fmt.qmax + 1.0), stride, start_bin)
+    levels = np.asarray(fmt.list_magnitudes())
+    return solve_mse_levels(counts, width, levels, stride, start_bin)
 
 
 def solve_mse_levels(

@@ -33,6 +33,7 @@ def _percentile(
 
 
 def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
+    _require_integers(fmt, "entropy")
     counts = statistics.magnitudes(fmt.unsigned)
     amax = solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
     # If almost no value is near 0, the divergence is smallest for ranges that clip almost everything.
@@ -43,7 +44,7 @@ def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
 
 def _mse(statistics: TensorStatistics, fmt: Format) -> float:
     counts = statistics.magnitudes(fmt.unsigned)
-    stride = 1 + counts.size * fmt.qmax // _MSE_OPERATIONS
+    stride = 1 + counts.size * (len(fmt.list_magnitudes()) - 1) // _MSE_OPERATIONS
     start_bin = (counts.size - 1) % stride  # so that the last bin is a candidate
     return solve_mse(counts, statistics.width, fmt, stride, start_bin)
 
@@ -67,11 +68,26 @@ def _mean_std(statistics: TensorStatistics, fmt: Format, *, num_std: float = 4.0
 
 
 def _laplace(statistics: TensorStatistics, fmt: Format) -> float:
+    _require_integers(fmt, "laplace")
     return laplace_ratio(fmt.qmax) * statistics.laplace_b
 
 
 def _gauss(statistics: TensorStatistics, fmt: Format) -> float:
+    _require_integers(fmt, "gauss")
     return gauss_ratio(fmt.qmax) * statistics.gauss_sigma
+
+
+def _require_integers(fmt: Format, method: str) -> None:
+    """Refuse FP8 for a method whose formula has equal steps.
+
+    Raises:
+        ArgumentError: The format is FP8.
+    """
+    if fmt.is_float:
+        raise ArgumentError(
+            f"the method {method!r} is for integer codes, whose steps are equal; those of FP8 grow with the values.",
+            f"use one of {', '.join(list_methods(fmt))}.",
+        )
 
 
 SOLVERS: dict[str, Solver] = {
@@ -86,6 +102,14 @@ SOLVERS: dict[str, Solver] = {
     "moving_average": _moving_average,
 }
 """Method -> `(statistics, format, **options) -> amax`; `solve_amax` limits the result to the largest value."""
+
+
+_INTEGER_METHODS = frozenset({"entropy", "laplace", "gauss"})
+
+
+def list_methods(fmt: Format) -> list[str]:
+    """The methods that compute a range for a format: all of them for integers."""
+    return [method for method in SOLVERS if not (fmt.is_float and method in _INTEGER_METHODS)]
 
 
 def solve_amax(
@@ -103,7 +127,8 @@ def solve_amax(
         amax, not above the largest value that the format can represent; 0 if there is no such value, or no data.
 
     Raises:
-        ArgumentError: An unknown method, an option that it does not have, or one out of range.
+        ArgumentError: An unknown method, one that the format does not have, an option that it does not have, or one
+            out of range.
     """
     solver = require_solver(method)
     option_names = getattr(solver, "__kwdefaults__", None) or {}

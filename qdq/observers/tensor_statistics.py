@@ -181,7 +181,7 @@ class TensorStatistics:
         counts = self.counts.reshape(-1).astype(np.float64)
         counts[0] -= min(self.zeros, int(self.counts[0, 0]))  # zero is a code
         scale = scale_from_amax(np.float64(amax), fmt)
-        errors = np.clip(np.round(values / scale), fmt.qmin, fmt.qmax) * scale - values
+        errors = _round_to_codes(values / scale, fmt) * scale - values
         noise = float(counts @ errors**2)
         signal = math.fsum(self._column("sum_squares"))
         if not noise or not signal:
@@ -372,3 +372,15 @@ def exponent_of(absmax: float) -> int:
 
 def _damaged(reason: str) -> ArgumentError:
     return ArgumentError(f"not statistics of a tensor: {reason}.", "collect them again.")
+
+
+def _round_to_codes(values: npt.NDArray[np.float64], fmt: Format) -> npt.NDArray[np.float64]:
+    """The nearest codes of values in units of their scale, half to even."""
+    clipped = np.clip(values, fmt.qmin, fmt.qmax)
+    if not fmt.is_float:
+        return np.round(clipped)
+    _, exponents = np.frexp(clipped)
+    # 3 bits after the leading one, and 2^-9 is the smallest step.
+    steps = np.ldexp(1.0, np.maximum(exponents - 4, -9))
+    codes: npt.NDArray[np.float64] = np.round(clipped / steps) * steps
+    return codes

@@ -122,12 +122,21 @@ class _QuantizedWeight:
 
     @torch.no_grad()
     def quantize(self) -> torch.Tensor:
-        """Its codes, int16, of its shape."""
+        """Its codes, int16, of its shape; those of FP8 are numbered from the smallest to the largest."""
         scale = self.quantizer.scale
         if self.quantizer.axis is not None:
             scale = scale.flatten()
         axis = _positive(self.quantizer.range_axis, self.value)
-        return quantize_codes(self.value.float(), scale, self.quantizer.format, axis).short()
+        codes = quantize_codes(self.value.float(), scale, self.quantizer.format, axis)
+        if self.quantizer.format.is_float:
+            return _number_fp8_codes(codes)
+        return codes.short()
+
+
+def _number_fp8_codes(codes: torch.Tensor) -> torch.Tensor:
+    """The numbers of FP8 codes, int16, -126 to 126 in ascending order: their bytes without the sign, times the sign."""
+    magnitudes = codes.abs().to(torch.float8_e4m3fn).view(torch.uint8).short()
+    return magnitudes * codes.sign().short()
 
 
 def _list_weights(model: nn.Module) -> list[_QuantizedWeight]:

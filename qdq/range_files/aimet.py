@@ -632,7 +632,7 @@ def _write_version_1(row: Row) -> dict[str, Any]:
         "name": row.tensor,
         "dtype": "INT",
         "enc_type": "PER_TENSOR" if row.axis is None else "PER_CHANNEL",
-        "bw": row.format.num_bits,
+        "bw": row.format.width,
         "is_sym": True,
         "scale": scales.tolist(),
         "offset": [float(_offset(row))] * scales.size,
@@ -642,11 +642,11 @@ def _write_version_1(row: Row) -> dict[str, Any]:
 def _write_channels(row: Row) -> list[dict[str, Any]]:
     """One tensor of version 0.6.1: an encoding for each channel."""
     offset = _offset(row)
-    steps = 2**row.format.num_bits - 1
+    steps = 2**row.format.width - 1
     channels = []
     for scale in row.scale.reshape(-1).tolist():
         channel = {
-            "bitwidth": row.format.num_bits,
+            "bitwidth": row.format.width,
             "dtype": "int",
             "is_symmetric": "True",
             "max": (steps + offset) * scale,

@@ -54,6 +54,8 @@ def _reason_against_quantizer(quantizer: TensorQuantizer, *, int8_only: bool) ->
         return "it has no amax: calibrate first"
     if quantizer.format.unsigned or quantizer.format.narrow_range:
         return "its codes are unsigned or narrow-range, which a scale alone does not show"
+    if quantizer.format.is_float:
+        return "its codes are FP8, and the format has integer codes only"
     if int8_only and quantizer.format.tensorrt_reason:
         return quantizer.format.tensorrt_reason
     return ""

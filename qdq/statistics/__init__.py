@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from qdq.errors import ArgumentError, DataError
 from qdq.files import as_path, read_file, write_atomic, write_json
-from qdq.formats import Format
-from qdq.observers.solve import SOLVERS, solve_amax
+from qdq.formats import Format, NumBits
+from qdq.observers.solve import list_methods, solve_amax
 from qdq.observers.tensor_statistics import TensorStatistics
 from qdq.schema import digest_parts, parse_json, validate
 from qdq.text import list_names, printable
@@ -161,7 +161,7 @@ class Statistics:
         summary["format"] = _format_to_json(fmt)
         summary["amax"] = ranges = {}
         summary["clipped"] = fractions = {}
-        methods = SOLVERS if fmt else ["max"]
+        methods = list_methods(fmt) if fmt else ["max"]
         for method in methods:
             ranges[method] = self.solve(name, method)
             fractions[method] = self.clipped_share(name, ranges[method])
@@ -268,7 +268,7 @@ class _StoredFormat:
     """A format in the file, with all of its fields."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
-    num_bits: int
+    num_bits: NumBits
     unsigned: bool
     narrow_range: bool
 

@@ -16,10 +16,13 @@ from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
+    QuantDescriptor,
+    StateError,
     calibrate_model,
     correct_bias,
     export_onnx,
     fold_batchnorm,
+    reconstruct_blocks,
     restore_modules,
     round_weights,
     swap_modules,
@@ -260,3 +263,15 @@ def test_the_page_runs(residual, images):
     with contextlib.redirect_stdout(printed):
         exec(compile(code, page.name, "exec"), {"model": residual, "batches": [images, images + 1]})  # noqa: S102
     assert "SQNR" in printed.getvalue()
+
+
+@pytest.mark.parametrize("learn", [round_weights, reconstruct_blocks])
+def test_fp8_weights_keep_their_nearest_code(residual, images, learn):
+    fp8 = QuantDescriptor(num_bits=(4, 3))
+    swap_modules(residual, images, input_desc=fp8, weight_desc=fp8)
+    calibrate_model(residual, [images])
+    before = {name: value.clone() for name, value in residual.state_dict().items()}
+    with pytest.raises(StateError, match="all weights are FP8"):
+        learn(residual, [images])
+    after = residual.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

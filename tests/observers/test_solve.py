@@ -4,6 +4,7 @@ import math
 from inspect import signature
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import qdq.cli.calibrate
 from qdq import ArgumentError, ArgumentTypeError
-from qdq.formats import Format
+from qdq.formats import FP8, Format
 from qdq.observers.aciq import gauss_ratio, laplace_ratio
 from qdq.observers.collector import TensorCollector
 from qdq.observers.entropy import solve_entropy
@@ -20,7 +21,7 @@ from qdq.observers.max import reduce_amax
 from qdq.observers.methods import DEFAULT_PERCENTILE
 from qdq.observers.mse import solve_mse
 from qdq.observers.percentile import solve_percentile
-from qdq.observers.solve import SOLVERS, solve_amax
+from qdq.observers.solve import SOLVERS, list_methods, solve_amax
 from qdq.observers.tensor_statistics import TensorStatistics
 
 
@@ -332,3 +333,40 @@ def test_the_default_percentile_is_the_same_everywhere():
     assert f"{DEFAULT_PERCENTILE} by default" in qdq.cli.calibrate.solve.__doc__
     for function in (qdq.calibrate_model, qdq.solve_ranges, qdq.Calibration):
         assert signature(function).parameters["percentile"].default == DEFAULT_PERCENTILE
+
+
+class TestFP8:
+    @pytest.mark.parametrize("kind", ["normal", "heavy"])
+    def test_mse_equals_brute_force(self, kind):
+        rng = np.random.default_rng(1)
+        values = rng.normal(size=4000) if kind == "normal" else rng.standard_t(2, size=4000)
+        counts, edges = np.histogram(np.abs(values), 300, (0, np.abs(values).max()))
+        centres = (edges[1:] + edges[:-1]) / 2
+        errors = []
+        for amax in centres[8:]:
+            ratio = np.clip(centres * (448 / amax), -448, 448)
+            codes = ratio.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+            errors.append(np.sum(counts * (codes * (amax / 448) - centres) ** 2))
+        amax = solve_mse(counts, edges[1], FP8, start_bin=8)
+        chosen = int(np.argmin(np.abs(centres[8:] - amax)))
+        assert errors[chosen] <= min(errors) * (1 + 1e-9)
+
+    @pytest.mark.parametrize("method", ["entropy", "laplace", "gauss"])
+    def test_methods_with_equal_steps_are_refused(self, method):
+        statistics = statistics_of(torch.randn(1000))
+        with pytest.raises(ArgumentError, match=f"'{method}' is for integer codes"):
+            solve_amax(statistics, FP8, method)
+
+    def test_all_others_give_a_range(self):
+        statistics = statistics_of(torch.randn(1000))
+        for method in list_methods(FP8):
+            assert 0 < solve_amax(statistics, FP8, method) <= statistics.absmax
+
+    def test_sqnr_of_rounding(self):
+        values = torch.randn(100_000)
+        statistics = statistics_of(values)
+        ratio = values * (448 / 3)
+        codes = ratio.clamp(-448, 448).to(torch.float8_e4m3fn).double()
+        noise = (codes * (3 / 448) - values.double()).square().sum()
+        expected = 10 * float((values.double().square().sum() / noise).log10())
+        assert statistics.rounding_sqnr_db(3.0, FP8) == pytest.approx(expected, abs=0.1)
