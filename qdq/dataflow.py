@@ -266,6 +266,25 @@ class Dataflow:
                 queue.extend(fresh)
         return [product for product in products if product.function in MATRIX_PRODUCTS]
 
+    def comes_from_softmax(self, value: int) -> bool:
+        """Whether a tensor is the output of a softmax, after functions that are no products.
+
+        Args:
+            value: Number of the tensor.
+        """
+        visited = {value}
+        queue = deque([value])
+        while queue:
+            producer = self._producers.get(queue.popleft())
+            if producer is None or producer.function in CONTRACTIONS:
+                continue
+            if producer.function in SOFTMAX:
+                return True
+            fresh = [source for source in producer.inputs if source not in visited]
+            visited.update(fresh)
+            queue.extend(fresh)
+        return False
+
     def backbone_of(self, value: int, *, through_activations: bool = False) -> Operation | None:
         """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.
 

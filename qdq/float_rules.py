@@ -44,6 +44,8 @@ _PRODUCTS = MATRIX_PRODUCTS | ATTENTION
 
 _LAST_CONVOLUTION = "last convolution: it writes an output of the network (R-OUT)"
 _EXPECTATION = "expectation over a softmax: it decodes an output (R-OUT)"
+_LARGEST_FP8_KERNEL = 5
+ONLY_PRODUCTS = "TensorRT computes products in FP8, and nothing else (R-FP8)"
 _ATTENTION = "product of attention: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
 _PRODUCT_OF_ACTIVATIONS = (
     "product of two activations: in int8 only if rewire_operations includes it (R-MM-4)"
@@ -90,6 +92,24 @@ def reason_against_convolution(weight: Sequence[int], groups: int, is_first: boo
     if fits:
         return ""
     return f"{inputs} to {outputs} channels, kernel {kernel}: no efficient int8 kernel (R-CONV-3)"
+
+
+def reason_against_fp8(module: nn.Module) -> str:
+    """Why a layer that int8 could quantize stays in float for FP8; "" if it does not (R-FP8).
+
+    TensorRT-RTX 1.7 has FP8 kernels for convolutions up to 5 x 5; of 6 x 6, 7 x 7 and 16 x 16 it computes all in half.
+
+    Args:
+        module: A layer of a mapped type.
+    """
+    weight = getattr(module, "weight", None)
+    if weight is None and not isinstance(module, nn.MultiheadAttention):
+        return ONLY_PRODUCTS
+    kernel = getattr(module, "kernel_size", ())
+    if isinstance(module, _ConvNd) and max(kernel) > _LARGEST_FP8_KERNEL:
+        sizes = " x ".join(map(str, kernel))
+        return f"kernel {sizes}: TensorRT-RTX has no FP8 kernel for it (R-FP8)"
+    return ""
 
 
 def reason_against_linear(weight: Sequence[int]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, ArgumentTypeError
 
 AMAX_FLOOR = 2.0**-64
 """Smallest range with its own scale; smaller ones get this scale, which keeps it positive for amax 0 (R-SCALE)."""
@@ -13,8 +14,15 @@ AMAX_FLOOR = 2.0**-64
 FP8_BITS = (4, 3)
 """`num_bits` of FP8 E4M3: 4 bits of exponent, 3 of mantissa, as pytorch-quantization and ModelOpt write it."""
 
+FP8_AMAX_FLOOR = 448 * 2.0**-14
+"""Smallest range that calibration gives FP8: its scale is the smallest normal float16 number (R-SCALE). Steps of FP8
+are relative, so a tensor of smaller values loses nothing by it."""
+
 FORMAT_NAMES = ("int8", "fp8")
 """The formats that TensorRT multiplies in, by the name in options and plans."""
+
+INT8 = "int8"
+"""The name of signed 8 bit."""
 
 NumBits = int | tuple[int, int]
 
@@ -132,6 +140,25 @@ class Format:
 
 FP8 = Format(FP8_BITS)
 """FP8 E4M3."""
+
+
+def require_formats(formats: Sequence[str]) -> None:
+    """Refuse names of formats that are not known, none, and one name twice.
+
+    Raises:
+        ArgumentTypeError: A text, or what is no sequence.
+        ArgumentError: Other names than `FORMAT_NAMES`.
+    """
+    if isinstance(formats, str) or not isinstance(formats, Sequence):
+        raise ArgumentTypeError(
+            f"formats is {formats!r}; expected a sequence of names.", "pass ('int8',) or ('fp8',)."
+        )
+    unknown = [name for name in formats if name not in FORMAT_NAMES]
+    if unknown or not formats or len(set(formats)) != len(formats):
+        raise ArgumentError(
+            f"formats is {list(formats)}; known are {', '.join(FORMAT_NAMES)}, each at most once.",
+            "pass ('int8',), ('fp8',) or both.",
+        )
 
 
 def scale_from_amax(amax: Any, fmt: Format) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from qdq.errors import ArgumentError, ArgumentTypeError, CalibrationError, StateError
-from qdq.formats import AMAX_FLOOR, Format, NumBits
+from qdq.formats import AMAX_FLOOR, FP8_BITS, Format, NumBits
 from qdq.observers.collector import TensorCollector
 from qdq.observers.max import reduce_amax
 from qdq.observers.solve import solve_amax
@@ -112,6 +112,8 @@ class TensorQuantizer(nn.Module):
     _amax: torch.Tensor
     calibration_call = "calibrate_model"
     """The function that gives it a range, for messages; another one where ranges come from elsewhere."""
+    is_fixed = False
+    """Whether the range is known without data."""
     _range_rule: str | None = None
     """The gradient of a learned range, see `fake_quantize`; None while it is not learned."""
     _place = torch.empty(0, device="cpu")
@@ -363,6 +365,11 @@ class TensorQuantizer(nn.Module):
     def is_collecting(self) -> bool:
         """Whether it collects statistics while it is enabled."""
         return self._if_calib
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it does anything to its input, or collects it."""
+        return not self._disabled and (self._if_quant or self._if_calib)
 
     @contextmanager
     def restoring_state(self) -> Iterator[None]:
@@ -647,6 +654,18 @@ class TensorQuantizer(nn.Module):
         if self._if_calib:
             parts.append("calib")
         return " ".join(parts)
+
+
+class SoftmaxQuantizer(TensorQuantizer):
+    """An FP8 quantizer of the output of a softmax, whose range is 1: its scale is exactly 1/448.
+
+    TensorRT fuses FP8 attention with this scale. Calibration and training leave the range as it is.
+    """
+
+    is_fixed = True
+
+    def __init__(self) -> None:
+        super().__init__(QuantDescriptor(num_bits=FP8_BITS, amax=1.0))
 
 
 class SharedQuantizer(TensorQuantizer):

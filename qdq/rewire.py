@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from torch import nn
 from qdq.dataflow import Dataflow
 from qdq.device import find_device
 from qdq.errors import ArgumentError
-from qdq.float_rules import CallRules, find_weight, list_factors
+from qdq.float_rules import ONLY_PRODUCTS, CallRules, find_weight, list_factors
+from qdq.formats import FP8, FP8_BITS, INT8, require_formats
 from qdq.forward import Operation, join_name, require_model
 from qdq.functions import (
     ADDITIONS,
@@ -35,16 +36,24 @@ from qdq.functions import (
     WEIGHTED,
 )
 from qdq.nn import QuantInputMixin, QuantMixin
+from qdq.nn.attend import KEY, QUERY, SOFTMAX, VALUE
 from qdq.nn.functions import QuantFunctionsMixin, add_function_quantizers, name_quantizer
 from qdq.nn.registry import find_counterpart
 from qdq.patterns import Pattern, Patterns
-from qdq.quantizer import QuantDescriptor, SharedQuantizer, TensorQuantizer, disable_quantization
+from qdq.quantizer import (
+    QuantDescriptor,
+    SharedQuantizer,
+    SoftmaxQuantizer,
+    TensorQuantizer,
+    disable_quantization,
+)
 from qdq.text import list_names
 from qdq.work import Work, trace_work
 
 logger = logging.getLogger(__name__)
 
 SCALES = ("shared", "independent")
+_FP8_ATTENTION = "FP8 attention is one kernel if all of its operands are quantized (R-FP8)"
 # The functions that have a rule.
 _CANDIDATES = (
     WEIGHTED
@@ -136,6 +145,7 @@ def rewire_operations(
     scales: str = "shared",
     include: Iterable[Pattern] = (),
     exclude: Iterable[Pattern] = (),
+    formats: Sequence[str] = (INT8,),
 ) -> RewirePlan:
     """Put quantizers before function calls, and let quantizers share ranges where TensorRT needs it; in place.
 
@@ -150,6 +160,8 @@ def rewire_operations(
         include: Patterns (see `qdq.patterns`) of calls ("encoder.*.matmul") that are quantized against a default rule.
         exclude: Patterns of calls that stay in float, or of modules whose calls all stay in float; patterns that
             `swap_modules` was given may be among them.
+        formats: As for `swap_modules`. With FP8, the products of attention are quantized to FP8: queries, keys, values
+            and the output of the softmax. Without int8, sums, poolings and resizes stay in float.
 
     Returns:
         The plan that was carried out. A pattern that matches nothing is logged as a warning.
@@ -160,6 +172,7 @@ def rewire_operations(
         ArgumentTypeError: A pattern of another kind.
     """
     require_model(model)
+    require_formats(formats)
     if scales not in SCALES:
         raise ArgumentError(
             f"scales is {scales!r}; known are {', '.join(SCALES)}.", "use 'shared'."
@@ -174,12 +187,12 @@ def rewire_operations(
     flow = Dataflow(trace)
     included = Patterns(include, "include")
     excluded = Patterns(exclude, "exclude")
-    planner = _Planner(modules, flow, included, excluded)
+    planner = _Planner(modules, flow, included, excluded, formats)
     planned = planner.plan(work)
     int8_macs = planner.count_int8_macs()
     if not any(isinstance(module, QuantInputMixin) for module in modules.values()):
         _require_calls(modules, planned)
-    places = _list_places(modules, flow, planned)
+    places = _list_places(modules, flow, planned, formats)
     _group_places(places, flow, planned, is_shared=scales == "shared")
     shared = _attach(modules, places, flow, is_training=model.training)
     return RewirePlan(tuple(planned.values()), shared, work.total, int8_macs)
@@ -238,6 +251,7 @@ class _Planner:
         flow: One forward of it.
         included: Patterns of calls that are quantized against a default rule.
         excluded: Patterns of calls that stay in float.
+        formats: As for `rewire_operations`.
     """
 
     def __init__(
@@ -246,7 +260,11 @@ class _Planner:
         flow: Dataflow,
         included: Patterns,
         excluded: Patterns,
+        formats: Sequence[str],
     ) -> None:
+        self._has_int8 = INT8 in formats
+        self._has_fp8 = FP8.name in formats
+        self._attention = list_attention(flow)
         self._modules = modules
         self._flow = flow
         self._included = included
@@ -293,6 +311,8 @@ class _Planner:
         Args:
             operation: The call. One that a quantized layer makes is part of that layer.
         """
+        if self._has_fp8 and operation.name in self._attention:
+            return True
         owner = self._modules[operation.module]
         if operation.function not in _CANDIDATES or isinstance(owner, QuantInputMixin):
             return False
@@ -314,6 +334,8 @@ class _Planner:
         if pattern := self._included.match([operation.name], owner):
             operands = self._list_operands(operation)
             return self._quantize(operation, f"included by {pattern}", operands)
+        if decision := self._decide_fp8(operation):
+            return decision
         if reason := self._rules.reason_against(operation):
             return _Decision("float", reason)
         if operation.function in CONCATS:
@@ -333,6 +355,17 @@ class _Planner:
         else:
             reason = "average pooling before an int8 layer: its input (R-AP)"
         return self._quantize(operation, reason, (0,))
+
+    def _decide_fp8(self, operation: Operation) -> _Decision | None:
+        """The decision for a call that differs from int8; None for all others."""
+        if not self._has_fp8:
+            return None
+        if operation.name in self._attention:
+            return self._quantize(operation, _FP8_ATTENTION, self._attention[operation.name])
+        is_product = operation.function in WEIGHTED | MATRIX_PRODUCTS | ATTENTION
+        if not is_product and not self._has_int8:
+            return _Decision("float", ONLY_PRODUCTS)
+        return None
 
     def _quantize_addition(self, operation: Operation) -> _Decision:
         """An add that no rule leaves in float (R-ADD-1, R-ADD-4 and R-ADD-5)."""
@@ -383,6 +416,8 @@ class _Planner:
         """
         if isinstance(self._modules[operation.module], QuantMixin):
             return True
+        if self._has_fp8 and operation.name in self._attention:
+            return self._decide(operation).action == "quantize"
         is_product = operation.function in WEIGHTED | MATRIX_PRODUCTS
         is_call = is_product and self._is_candidate(operation)
         return is_call and self._decide(operation).action == "quantize"
@@ -401,6 +436,9 @@ class _Place:
         operand: Position among its tensors.
         function: Name of the function that is called.
         axis: Axis of the ranges of a weight, which has one for each output; None for other operands.
+        is_fp8: Whether its quantizer is FP8.
+        is_attention: Whether it quantizes an operand of attention, which shares its range with no other place.
+        is_softmax: Whether that operand is the output of a softmax.
         group: Equal for all places that share one range.
     """
 
@@ -412,11 +450,36 @@ class _Place:
     operand: int = 0
     function: str = ""
     axis: int | None = None
+    is_fp8: bool = False
+    is_attention: bool = False
+    is_softmax: bool = False
     group: int | str = 0
 
 
+def list_attention(flow: Dataflow) -> dict[str, tuple[int, ...]]:
+    """The operands of attention that FP8 quantizes, by the name of the call; the softmax is one of them.
+
+    A call of `scaled_dot_product_attention` is one; of attention that is written out, both products are.
+
+    Args:
+        flow: One forward of a model.
+    """
+    operands: dict[str, tuple[int, ...]] = {}
+    for operation in flow.operations:
+        if operation.function == "scaled_dot_product_attention":
+            operands[operation.name] = (QUERY, KEY, VALUE, SOFTMAX)
+    for product in flow.attention_products():
+        factors = list_factors(product)
+        if len(factors) == 2:
+            operands[product.name] = factors
+    return operands
+
+
 def _list_places(
-    modules: dict[str, nn.Module], flow: Dataflow, planned: dict[str, PlannedOperation]
+    modules: dict[str, nn.Module],
+    flow: Dataflow,
+    planned: dict[str, PlannedOperation],
+    formats: Sequence[str],
 ) -> list[_Place]:
     """The places of all quantizers. Layers come first, so that the range of a group is saved with a layer.
 
@@ -424,7 +487,9 @@ def _list_places(
         modules: The modules of the model, by dotted name.
         flow: One forward of it.
         planned: The plan for its calls.
+        formats: As for `rewire_operations`.
     """
+    attention = list_attention(flow) if FP8.name in formats else {}
     places: dict[str, _Place] = {}
     for run in flow.runs:
         layer = modules[run.module]
@@ -442,7 +507,14 @@ def _list_places(
             weight = find_weight(operation, flow)
             axis = weight.axis if weight is not None and weight.position == operand else None
             place = places.setdefault(name, _place_operand(name, operation, operand, axis))
-            place.values.append(operation.inputs[operand])
+            place.is_fp8 = INT8 not in formats or operation.name in attention
+            place.is_attention = operation.name in attention
+            if operand == SOFTMAX:
+                place.is_softmax = True
+                continue
+            value = operation.inputs[operand]
+            place.is_softmax = place.is_attention and flow.comes_from_softmax(value)
+            place.values.append(value)
     return list(places.values())
 
 
@@ -475,10 +547,14 @@ def _group_places(
             place.group = join_name(place.owner, place.site) if is_addend else place.name
         return
     groups = _group_values(flow, planned)
-    for place in places:
+    tied = [place for place in places if not place.is_attention]
+    for place in tied:
         groups.unite(*place.values)
-    for place in places:
+    for place in tied:
         place.group = groups.find(place.values[0])
+    for place in places:
+        if place.is_attention:
+            place.group = place.name
 
 
 def _group_values(flow: Dataflow, planned: dict[str, PlannedOperation]) -> _ScaleGroups:
@@ -584,7 +660,11 @@ def _choose_quantizer(place: _Place, leaders: list[TensorQuantizer]) -> TensorQu
         place: The place. A layer shares only with a leader of its own format; a call takes any format.
         leaders: Quantizers of the group that have a range.
     """
+    if place.is_softmax:
+        return SoftmaxQuantizer()
     if place.layer is None:
+        if place.is_fp8 and (place.axis is not None or not leaders):
+            return TensorQuantizer(QuantDescriptor(num_bits=FP8_BITS))
         if place.axis is not None:
             return TensorQuantizer(QuantDescriptor(axis=place.axis))
         return SharedQuantizer(leaders[0]) if leaders else TensorQuantizer()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from qdq.corrections import undo_passes
 from qdq.dataflow import Dataflow
 from qdq.device import find_device
 from qdq.errors import ArgumentTypeError
-from qdq.float_rules import ModuleRules, reason_against_type
+from qdq.float_rules import ModuleRules, reason_against_fp8, reason_against_type
+from qdq.formats import FP8, FP8_BITS, INT8, require_formats
 from qdq.forward import Contraction, ForwardTrace, join_name, require_model
 from qdq.functions import MATRIX_PRODUCTS, WEIGHTED
 from qdq.nn import QuantInputMixin, QuantMixin
@@ -152,6 +153,7 @@ def plan_swap(
     *,
     include: Iterable[Pattern] | None = None,
     exclude: Iterable[Pattern] = (),
+    formats: Sequence[str] = (INT8,),
 ) -> SwapPlan:
     """The dry run of `swap_modules`: which modules would be quantized, which would not, and why.
 
@@ -163,6 +165,8 @@ def plan_swap(
             like `F.conv2d`, and modules whose weights are used without calling the module.
         include: Only these; they are quantized even against a default rule. None: whatever the rules allow.
         exclude: These stay in float, even if `include` names them.
+        formats: Formats of the layers, of `formats.FORMAT_NAMES`. For FP8 alone, layers without weights stay in float:
+            TensorRT computes products in FP8, and nothing else.
 
     Returns:
         The plan. A pattern that matches nothing is logged as a warning.
@@ -172,10 +176,13 @@ def plan_swap(
         ArgumentError: A regular expression that cannot be compiled.
     """
     require_model(model)
+    require_formats(formats)
     trace = None if example_inputs is None else trace_work(model, example_inputs)[0]
     included = Patterns(include or (), "include")
     excluded = Patterns(exclude, "exclude")
-    planner = _Planner(model, trace, included, excluded, includes_all=include is None)
+    planner = _Planner(
+        model, trace, included, excluded, formats=formats, includes_all=include is None
+    )
     plan = planner.plan()
     included.warn_unused("module")
     excluded.warn_unused("module")
@@ -188,6 +195,7 @@ def swap_modules(
     *,
     include: Iterable[Pattern] | None = None,
     exclude: Iterable[Pattern] = (),
+    formats: Sequence[str] = (INT8,),
     input_desc: QuantDescriptor | None = None,
     weight_desc: QuantDescriptor | None = None,
 ) -> SwapPlan:
@@ -198,8 +206,10 @@ def swap_modules(
         example_inputs: As for `plan_swap`.
         include: As for `plan_swap`.
         exclude: As for `plan_swap`.
-        input_desc: How inputs are quantized; the default of each quantized class if None.
-        weight_desc: How weights are quantized; the default of each quantized class if None.
+        formats: As for `plan_swap`. Layers begin in the first one.
+        input_desc: How inputs are quantized; if None, in the first format, per tensor.
+        weight_desc: How weights are quantized; if None, in the first format: int8 with a range for each output channel,
+            FP8 per tensor.
 
     Returns:
         The plan that was carried out; `missed` modules are logged as a warning.
@@ -213,7 +223,10 @@ def swap_modules(
             raise ArgumentTypeError(
                 f"a descriptor is of type {type(desc).__name__}.", "pass a QuantDescriptor."
             )
-    plan = plan_swap(model, example_inputs, include=include, exclude=exclude)
+    plan = plan_swap(model, example_inputs, include=include, exclude=exclude, formats=formats)
+    if formats[0] == FP8.name:
+        input_desc = input_desc or QuantDescriptor(num_bits=FP8_BITS)
+        weight_desc = weight_desc or QuantDescriptor(num_bits=FP8_BITS)
     modules = dict(model.named_modules())
     model_device = find_device(model)
     for planned in plan.of("quantize"):
@@ -240,6 +253,9 @@ def restore_modules(model: nn.Module) -> int:
     """
     require_model(model)
     undo_passes(model)
+    for module in list(model.modules()):
+        if isinstance(module, QuantFunctionsMixin):
+            remove_function_quantizers(module)
     num_restored = 0
     only_quantized: list[str] = []
     for name, layer in quantized_layers(model).items():
@@ -255,9 +271,6 @@ def restore_modules(model: nn.Module) -> int:
             len(only_quantized),
             ", ".join(only_quantized),
         )
-    for module in list(model.modules()):
-        if isinstance(module, QuantFunctionsMixin):
-            remove_function_quantizers(module)
     switch_fast_paths(model)
     return num_restored
 
@@ -293,6 +306,7 @@ class _Planner:
         trace: One forward of it, if it has run.
         included: Patterns of modules that are quantized against a default rule.
         excluded: Patterns of modules that stay in float.
+        formats: As for `plan_swap`.
         includes_all: Whether modules that no pattern includes may be quantized.
     """
 
@@ -303,6 +317,7 @@ class _Planner:
         included: Patterns,
         excluded: Patterns,
         *,
+        formats: Sequence[str],
         includes_all: bool,
     ) -> None:
         self._names_of: dict[nn.Module, list[str]] = {}
@@ -314,6 +329,7 @@ class _Planner:
         self._rules = ModuleRules(self._modules, None if trace is None else Dataflow(trace))
         self._included = included
         self._excluded = excluded
+        self._has_int8 = INT8 in formats
         self._includes_all = includes_all
         self._called_when_swapped: set[str] = set()
 
@@ -347,6 +363,8 @@ class _Planner:
             decision = _Decision("float", f"excluded by {exclusion}")
         elif not self._includes_all and not inclusion:
             decision = _Decision("float", "not included")
+        elif not self._has_int8 and not inclusion and (reason := reason_against_fp8(module)):
+            decision = _Decision("float", reason)
         else:
             decision = self._decide_mapped(name, module, counterpart, follows_rules=not inclusion)
         if decision.action == "quantize" and counterpart is not None:

@@ -97,7 +97,7 @@ class Collection:
         self.collecting: dict[str, TensorQuantizer] = {}
         self.leaders: dict[str, str] = {}
         for name, quantizer in self.quantizers.items():
-            if not quantizer.is_enabled:
+            if not quantizer.is_enabled or quantizer.is_fixed:
                 continue
             if quantizer in sites:
                 self.weights[name] = sites[quantizer]

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qdq.errors import StateError
 from qdq.forward import is_in_place, name_function
+from qdq.nn.attend import SOFTMAX, attend, takes_place
 from qdq.nn.registry import derive_class
 from qdq.quantizer import TensorQuantizer
 
@@ -158,9 +159,11 @@ def name_quantizer(site: str, operand: int, count: int) -> str:
 
     Args:
         site: The call.
-        operand: Position among its tensors.
+        operand: Position among its tensors, or `attend.SOFTMAX`.
         count: Number of quantized operands.
     """
+    if operand == SOFTMAX:
+        return f"_{site}_softmax_quantizer"
     if count == 1:
         return f"_{site}_quantizer"
     return f"_{site}_input{operand}_quantizer"
@@ -181,7 +184,7 @@ def add_function_quantizers(
     """Make a module quantize tensors that it passes to functions; only its class changes, not its identity.
 
     Args:
-        module: Any module that is not quantized itself.
+        module: Any module; a quantized layer only if it calls attention.
         quantizers: Call -> position among its tensors -> quantizer.
         calls: All calls, including those without quantizers, in the order of one forward of the model.
     """
@@ -320,6 +323,8 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         """Call a function with quantized operands."""
         self._warn_if_recomputed_elsewhere()
+        if takes_place(name_function(func), operands):
+            return self._attend(func, args, kwargs, operands)
         leaves, structure = tree_flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[place] for place in places]
@@ -331,6 +336,21 @@ class _Watch(TorchFunctionMode):
             # The function has changed the quantized copy instead of its first argument.
             return tensors[0].copy_(result)
         return result
+
+    def _attend(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: dict[int, str],
+    ) -> Any:
+        """Call attention with quantized operands, or the function itself while all of them are off."""
+        quantizers = {}
+        for operand, attribute in operands.items():
+            quantizers[operand] = getattr(self.module, attribute)
+        if not any(quantizer.is_active for quantizer in quantizers.values()):
+            return func(*args, **kwargs)
+        return attend(quantizers, *args, **kwargs)
 
     def _warn_if_recomputed_elsewhere(self) -> None:
         """Warn of a checkpoint whose functions are not replaced here.
