@@ -34,7 +34,9 @@ from qdq.predictor import predict
 from qdq.quantizer import named_quantizers
 from qdq.text import printable
 
-_NUDGE = 2**-22  # of the input of a quantizer, to look for ties
+# Of the input of a quantizer, to look for ties: how much another order of summation in float32 changes it, and how much
+# rounding to the 16 bit type does.
+_NUDGES = {"fp32": 2**-22, "fp16": 2**-12, "bf16": 2**-9}
 _SAME = 2**-20  # of the largest value: what float rounding alone may leave between samples
 
 
@@ -162,6 +164,7 @@ def measure_tie_floor(
     expected: Outputs | None = None,
     outputs: Selection | None = None,
     mask: Mask | None = None,
+    precision: str = "fp32",
 ) -> float | dict[str, float]:
     """SQNR in dB that rounding ties alone leave between two correct runs of a quantized model.
 
@@ -178,23 +181,29 @@ def measure_tie_floor(
             run, and other samples are refused.
         outputs: As for `predict`.
         mask: As for `predict`.
+        precision: Type of the float part of the file: "fp32", "fp16" or "bf16". In 16 bit the inputs are changed by
+            half of a rounding, 2^-12 or 2^-9.
 
     Returns:
         The SQNR, for several outputs that of each by name; infinite if no value was next to a tie.
 
     Raises:
-        ArgumentError: `expected` is of other samples or outputs.
+        ArgumentError: `expected` is of other samples or outputs; an unknown precision.
         DataError: No batch.
     """
     require_model(model)
     require_batches(batches)
+    if precision not in _NUDGES:
+        raise ArgumentError(
+            f"precision is {precision!r}; known are {', '.join(_NUDGES)}.", "pass that of the file."
+        )
     batches = list(batches)
     run = partial(predict, model, batches, outputs=outputs, mask=mask)
     if expected is None:
         expected = run()
     floors: dict[str, float] = {}
     for direction in (1, -1):
-        with _nudging(model, direction * _NUDGE):
+        with _nudging(model, direction * _NUDGES[precision]):
             nudged = run()
         for name, pair in pair_arrays(expected, nudged).items():
             floors[name] = min(floors.get(name, math.inf), sqnr_db(*pair))

@@ -31,7 +31,7 @@ from qdq.device import find_device, move_batch, on_host
 from qdq.dynamic import Dynamic, require_dynamic
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
-from qdq.formats import Format
+from qdq.formats import FP8, Format
 from qdq.forward import require_data, require_model, says_devices_differ
 from qdq.graph.coverage import WorkNode, count_qdq, list_work_nodes
 from qdq.graph.fold_casts import FoldCasts
@@ -54,7 +54,7 @@ from qdq.graph.transpose_keys import TransposeKeys
 from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
-from qdq.quantize import quantize_codes
+from qdq.quantize import LOWEST_FP8_OPSET, quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
@@ -132,6 +132,11 @@ class ExportReport:
     layers: dict[str, list[str]]
     precision: PrecisionReport | None = None
 
+    @property
+    def remainder(self) -> str:
+        """Type of everything that is not quantized: "fp32", "fp16" or "bf16"."""
+        return self.precision.precision if self.precision else "fp32"
+
 
 def export_onnx(
     model: nn.Module,
@@ -142,7 +147,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic: Dynamic | None = None,
     weights: str = "int8",
-    precision: str = "fp32",
+    precision: str = "auto",
     keep_io_types: bool = True,
     calibration: Sequence[Range] | None = None,
     plan: SwapPlan | None = None,
@@ -150,8 +155,8 @@ def export_onnx(
 ) -> ExportReport:
     """Export a calibrated model as QDQ ONNX for TensorRT.
 
-    Scales are 0-D per tensor and 1-D per channel with an explicit axis, zero points are int8 zeros, nodes have the
-    names of the torch modules. The file is written completely or not at all.
+    Scales are 0-D per tensor and 1-D per channel with an explicit axis, zero points are zeros of int8 or FP8, nodes
+    have the names of the torch modules. The file is written completely or not at all.
 
     A model on a GPU gives the same file as on the CPU: torch captures it with copies of its tensors on the CPU. The
     model itself stays where it is.
@@ -166,16 +171,19 @@ def export_onnx(
         dynamic_batch: Make the first dimension of every input dynamic, with the name "batch".
         dynamic: Further dynamic dimensions: name of an input -> axis -> name, as in `{"x": {2: "height", 3: "width"}}`.
             For axis 0 it takes the place of "batch"; None instead of a name fixes an axis.
-        weights: "int8" stores codes and a DQ; "float" stores float weights with Q and DQ (four times as large).
-        precision: Type of everything that is not int8: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where there
-            are convolutions). Nodes that need float32 keep it; the report lists them.
+        weights: "int8" stores codes, int8 or FP8, and a DQ; "float" stores float weights with Q and DQ (four times as
+            large).
+        precision: Type of everything that is not quantized: "fp32", "fp16" (opset 19 and above) or "bf16" (22 where
+            there are convolutions). Nodes that need float32 keep it; the report lists them. "auto" is fp16 for a model
+            with FP8 quantizers, because TensorRT fuses FP8 attention in fp16 only, and fp32 for all others.
         keep_io_types: Inputs and outputs stay float32 whatever the precision.
         calibration: The result of `calibrate_model`; its methods and number of batches go into the metadata.
         plan: The result of `swap_modules`; every decision and its reason go into the metadata.
         rewired: The result of `rewire_operations`; likewise.
 
     Raises:
-        ArgumentError: An option out of range, or a dynamic dimension that the inputs do not have.
+        ArgumentError: An option out of range, an opset below 19 for FP8, or a dynamic dimension that the inputs do not
+            have.
         ArgumentTypeError: An argument of the wrong kind.
         ExportError: A quantizer without amax or of a format that TensorRT refuses; a model that torch.export cannot
             capture; a dynamic dimension that the model fixes; operators newer than the opset; Q/DQ lost on the way.
@@ -187,6 +195,11 @@ def export_onnx(
     require_dynamic(dynamic)
     _require_records(calibration, plan, rewired)
     guard_files(outputs=[path])  # capturing and converting take minutes
+    fp8_layers = _list_fp8_quantizers(model)
+    if fp8_layers:
+        _require_fp8_opset(opset, fp8_layers)
+    if precision == "auto":
+        precision = "fp16" if fp8_layers else "fp32"
     require_data(model)
     example_inputs = move_batch(example_inputs, torch.device("cpu"))
     with on_host(model):
@@ -267,9 +280,27 @@ def _require_options(opset: Any, weights: Any, precision: Any) -> None:
         )
     if weights not in ("int8", "float"):
         raise ArgumentError(f"weights is {weights!r}; known are 'int8' and 'float'.", "use 'int8'.")
-    if precision not in tuple(_PRECISIONS):
+    if precision not in ("auto", *_PRECISIONS):
         raise ArgumentError(
-            f"precision is {precision!r}; known are 'fp32', 'fp16' and 'bf16'.", "use 'fp16'."
+            f"precision is {precision!r}; known are 'auto', 'fp32', 'fp16' and 'bf16'.",
+            "use 'fp16'.",
+        )
+
+
+def _list_fp8_quantizers(model: nn.Module) -> list[str]:
+    """Names of the enabled quantizers of FP8."""
+    names = []
+    for name, quantizer in named_quantizers(model):
+        if quantizer.is_enabled and quantizer.format.is_float:
+            names.append(name)
+    return names
+
+
+def _require_fp8_opset(opset: int, quantizers: Sequence[str]) -> None:
+    if opset < LOWEST_FP8_OPSET:
+        raise ArgumentError(
+            f"opset {opset} has no FP8, which {len(quantizers)} quantizers use: {list_names(quantizers, 3)}.",
+            f"use opset={LOWEST_FP8_OPSET}, the lowest with FP8, or above.",
         )
 
 
@@ -298,7 +329,7 @@ def _require_record(name: str, record: Any, is_record: bool, source: str) -> Non
 
 
 def _require_exportable(model: nn.Module) -> None:
-    """Refuse models and quantizers that cannot become int8 Q/DQ."""
+    """Refuse models and quantizers that cannot become Q/DQ of int8 or FP8."""
     _require_python_modules(model)
     _require_parameter_types(model)
     _refuse_foreign_quantizers(model)
@@ -374,7 +405,8 @@ def _require_formats(enabled: Mapping[str, TensorQuantizer]) -> None:
         reason = quantizer.format.tensorrt_reason
         if reason:
             raise ExportError(
-                f"{name} cannot be written for TensorRT: {reason}.", "use signed 8 bit here."
+                f"{name} cannot be written for TensorRT: {reason}.",
+                "use signed 8 bit or FP8, (4, 3), here.",
             )
         if quantizer.format.narrow_range:
             raise ExportError(
@@ -384,7 +416,7 @@ def _require_formats(enabled: Mapping[str, TensorQuantizer]) -> None:
 
 
 def _require_numbers(model: nn.Module, enabled: Mapping[str, TensorQuantizer]) -> None:
-    """Refuse ranges without a scale and parameters without int8 codes, all in one error."""
+    """Refuse ranges without a scale and parameters without codes, all in one error."""
     layers = _list_weighted_layers(model)
     problems = [*_find_bad_ranges(layers, enabled), *_find_bad_parameters(model, layers)]
     if problems:
@@ -468,19 +500,24 @@ def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.
         RaiseWeightScales(),
     ]
     if weights == "int8":
-        passes.append(QuantizeWeights(_compute_int8_codes))
+        passes.append(QuantizeWeights(_compute_codes))
     passes += [MergeConstants(), RemoveUnusedNodesPass(), ClearMetadataAndDocStringPass()]
     if opset < LOWEST_OF_TORCH:
         passes.append(LowerOpset(opset))
     return passes
 
 
-def _compute_int8_codes(
-    values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], axis: int | None
-) -> npt.NDArray[np.int8]:
+def _compute_codes(
+    values: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    axis: int | None,
+    code_type: ir.DataType,
+) -> npt.NDArray[Any]:
     tensor = torch.from_numpy(values.copy())
-    codes = quantize_codes(tensor, torch.from_numpy(scale.copy()), Format(), axis)
-    return codes.to(torch.int8).numpy()
+    is_fp8 = code_type == ir.DataType.FLOAT8E4M3FN
+    fmt = FP8 if is_fp8 else Format()
+    codes = quantize_codes(tensor, torch.from_numpy(scale.copy()), fmt, axis)
+    return codes.numpy().astype(code_type.numpy())
 
 
 def _require_quantizers(lost: Collection[str]) -> None:
@@ -614,6 +651,9 @@ def _describe_origin(
         "qdq.torch_version": torch.__version__,
         "qdq.ranges_sha256": _digest_ranges(model),
     }
+    fp8_quantizers = _list_fp8_quantizers(model)
+    if fp8_quantizers:
+        origin["qdq.fp8"] = json.dumps(fp8_quantizers)
     if calibration is not None:
         facts = _describe_calibration(calibration)
         origin["qdq.calibration"] = json.dumps(facts, sort_keys=True)
@@ -633,6 +673,8 @@ def _digest_ranges(model: nn.Module) -> str:
     for name, quantizer in named_quantizers(model):
         if quantizer.is_enabled and quantizer.amax is not None:
             digest.update(f"{name} {quantizer.axis} ".encode())
+            if quantizer.format.is_float:
+                digest.update(b"fp8 ")
             digest.update(bytes_of(quantizer.amax.float()))
     return digest.hexdigest()
 

@@ -32,7 +32,8 @@ def ptq(
     analysis_images: PositiveInt = 32,
     analysis: AnalysisOptions = AnalysisOptions(),
     accuracy: Literal["fast", "balanced", "best"] = "fast",
-    precision: Literal["fp32", "fp16"] = "fp32",
+    formats: Literal["int8", "fp8"] = "int8",
+    precision: Literal["auto", "fp32", "fp16"] = "auto",
     batch_size: PositiveInt = 16,
     image_size: PositiveInt | None = None,
     device: str | None = None,
@@ -65,7 +66,9 @@ def ptq(
         accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone.
-        precision: Type of the float layers in the exported file.
+        formats: Format of the quantized layers. fp8 needs a GPU of compute capability 8.9 or above; it quantizes the
+            products of attention, too.
+        precision: Type of the float layers in the exported file; auto is fp16 for fp8 and fp32 for int8.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
             detectors and segmentation.
@@ -121,16 +124,16 @@ def ptq(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude)
-    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude)
+    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=(formats,))
+    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=(formats,))
 
     run.stage("calibrate")
     ranges = qdq.calibrate_model(
         net, calibration, method=calib_method, statistics=run.statistics_file
     )
-    outputs["all int8"] = qdq.predict(net, samples, **view)
-    scores["all int8"] = workload.measure(net)
-    judge.measure("calibrated, all int8", net)
+    outputs[f"all {formats}"] = qdq.predict(net, samples, **view)
+    scores[f"all {formats}"] = workload.measure(net)
+    judge.measure(f"calibrated, all {formats}", net)
 
     run.stage("analyze")
     analysis_result = qdq.analyze_layers(
@@ -170,7 +173,9 @@ def ptq(
     outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
     scores["ONNX"] = workload.measure(exported.path)
     default_outputs = qdq.predict(exported.path, samples, session="default", **view)
-    tie_floor_db = qdq.measure_tie_floor(net, samples, expected=outputs["mixed"], **view)
+    tie_floor_db = qdq.measure_tie_floor(
+        net, samples, expected=outputs["mixed"], precision=exported.remainder, **view
+    )
     check = qdq.check_onnx(
         exported.path,
         expected=outputs["mixed"],

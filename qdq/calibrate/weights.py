@@ -9,7 +9,7 @@ import torch
 from qdq.calibrate.collect import WeightSite
 from qdq.device import copy_to_host
 from qdq.errors import ArgumentError, CalibrationError
-from qdq.formats import Format
+from qdq.formats import FP8_AMAX_FLOOR, Format
 from qdq.observers.max import reduce_amax
 from qdq.quantize import compute_scale, quantize_codes
 from qdq.quantizer import TensorQuantizer
@@ -106,9 +106,9 @@ def _search(
     """The range by a method, from the maximum of |x|."""
     if method == KEEP and quantizer.amax is not None:
         return quantizer.amax
-    if method != "mse" or not weight.numel():
-        return amax
-    return _Search(weight.float(), amax, quantizer.format).run()
+    if method == "mse" and weight.numel():
+        amax = _Search(weight.float(), amax, quantizer.format).run()
+    return amax.clamp_min(FP8_AMAX_FLOOR) if quantizer.format.is_float else amax
 
 
 class _Search:

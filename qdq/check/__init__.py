@@ -143,7 +143,7 @@ def _format_parity(parity: Parity) -> Iterator[str]:
         )
         if output.tie_floor_db is not None and np.isfinite(output.tie_floor_db):
             yield (
-                f"{name}torch against itself, quantizer inputs nudged by 2e-7: "
+                f"{name}torch against itself, quantizer inputs nudged by a rounding: "
                 f"SQNR {output.tie_floor_db:.1f} dB; this much comes from rounding ties"
             )
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 
 from qdq.errors import ArgumentError, CheckError, is_out_of_memory
 from qdq.files import read_mode
+from qdq.graph.pairs import QDQ_OPS, code_type_of, is_op
 from qdq.metrics import (
     Array,
     Batches,
@@ -43,6 +45,9 @@ SESSIONS: tuple[Session, ...] = ("plain", "default")
 # MaxPool, which pads with the smallest number: both change the results of the file.
 _WRONG_OPTIMIZERS = ["ClipQuantRewrite", "Pad_Fusion"]
 
+# ONNX Runtime 1.32 moves a Transpose between a Q and a DQ, and then refuses the graph: it has no Transpose of FP8.
+_OPTIMIZER_OF_TRANSPOSES = "TransposeOptimizer"
+
 # ONNX Runtime 1.32 copies the DQ of a weight for each layer that reads it. Then this optimizer, which is part of
 # session.x64quantprecision, writes the weight once for each copy under the same name, and the file is not loaded.
 _OPTIMIZER_OF_WEIGHTS = "QDQS8ToU8Transformer"
@@ -56,7 +61,9 @@ class OnnxModel:
         path: The file.
         session: "plain": as the file is written, ONNX Runtime's int8 fusions off, because they change the arithmetic.
             "default": as ONNX Runtime optimizes it for its users. Only kernels that saturate on x86 processors without
-            VNNI are disabled, because their error is not a property of the file.
+            VNNI are disabled, because their error is not a property of the file. For a file with FP8 Q/DQ both are the
+            plain one with basic optimizations: the others change its results. They remove a Relu before a Q to FP8, and
+            write a bias as int32 in units that float16 cannot hold.
 
     Raises:
         ArgumentError: Another session.
@@ -129,9 +136,13 @@ def _start_session(path: Path, session: Session) -> onnxruntime.InferenceSession
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     disabled_optimizers: list[str] = []
+    if has_fp8(path):
+        session = "plain"
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        disabled_optimizers.append(_OPTIMIZER_OF_TRANSPOSES)
     if session == "plain":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        disabled_optimizers = _WRONG_OPTIMIZERS
+        disabled_optimizers += _WRONG_OPTIMIZERS
     else:
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
@@ -140,6 +151,22 @@ def _start_session(path: Path, session: Session) -> onnxruntime.InferenceSession
         if session == "plain" or _SAME_NAME not in str(error):
             raise
     return _load(path, options, [_OPTIMIZER_OF_WEIGHTS])
+
+
+def has_fp8(path: Path) -> bool:
+    """Whether a file has Q or DQ of FP8.
+
+    Args:
+        path: An ONNX file; False for one that cannot be read.
+    """
+    try:
+        model = ir.load(path)
+    except Exception:  # the message of ONNX Runtime says more
+        return False
+    for node in model.graph.all_nodes():
+        if is_op(node, *QDQ_OPS) and code_type_of(node) == ir.DataType.FLOAT8E4M3FN:
+            return True
+    return False
 
 
 def _load(

@@ -11,8 +11,12 @@ import onnx_ir as ir
 from qdq.graph.edits import is_needed, remove_if_unused
 from qdq.graph.pairs import Parameters, constant_of, input_of, is_op, parameters_of, producer_of
 
-_CODE_TYPES = (ir.DataType.INT8, ir.DataType.UINT8)
-_MAX_CODE = 256  # no 8-bit code is larger
+# Type of codes with 8 bits or fewer significant ones -> a number that no code exceeds.
+_LARGEST_CODES = {
+    ir.DataType.INT8: 256,
+    ir.DataType.UINT8: 256,
+    ir.DataType.FLOAT8E4M3FN: 448,
+}
 # Types in which the product of a code and a scale keeps 11 bits or more.
 _PRECISE_TYPES = (np.float16, np.float32)
 
@@ -116,20 +120,22 @@ def _undone_by(quantize: ir.Node, parameters: Parameters) -> ir.Node | None:
 def _gives_codes_back(quantize: ir.Node) -> bool:
     """Whether rounding code * scale / scale gives every 8-bit code again.
 
-    It does if the product keeps 11 bits or more: in float16 and float32 while it neither overflows nor becomes
-    subnormal. In bfloat16 it need not.
+    It does if the product keeps 11 bits or more: in float16 and float32 while it does not overflow and the scale is not
+    subnormal. In bfloat16 it need not. The smallest codes of FP8 are fractions: their products may be subnormal, but
+    then the error is below a quarter of the step between two codes.
 
     Args:
         quantize: A Q, after a DQ with the same parameters.
     """
-    if _code_type_of(quantize) not in _CODE_TYPES:
+    code_type = _code_type_of(quantize)
+    if code_type not in _LARGEST_CODES:
         return False
 
     scale = constant_of(quantize.inputs[1])
     if scale is None or scale.dtype not in _PRECISE_TYPES:
         return False
 
-    return _keeps_products_normal(scale)
+    return _keeps_products_normal(scale, _LARGEST_CODES[code_type])
 
 
 def _code_type_of(quantize: ir.Node) -> ir.DataType:
@@ -144,9 +150,9 @@ def _code_type_of(quantize: ir.Node) -> ir.DataType:
     return ir.DataType.from_numpy(zero_point.dtype)
 
 
-def _keeps_products_normal(scale: npt.NDArray[Any]) -> bool:
-    """Whether the product of each code and a scale is a normal number of the type of the scale."""
+def _keeps_products_normal(scale: npt.NDArray[Any], largest_code: int) -> bool:
+    """Whether the product of each code from 1 on and a scale is a normal number of the type of the scale."""
     limits = np.finfo(scale.dtype)
     is_normal = scale >= limits.tiny
-    is_finite = scale.astype(np.float64) * _MAX_CODE <= float(limits.max)
+    is_finite = scale.astype(np.float64) * largest_code <= float(limits.max)
     return bool(np.all(is_normal & is_finite))

@@ -12,7 +12,7 @@ from qdq.graph.pairs import (
     COPY_OPS,
     Parameters,
     constant_of,
-    has_int8_zeros,
+    has_zeros,
     input_of,
     is_op,
     parameters_of,
@@ -238,7 +238,7 @@ def _is_movable(node: ir.Node, copy: ir.Node) -> bool:
     parameters = parameters_of(node)
     if parameters is None or not parameters.is_scalar:
         return False
-    if not has_int8_zeros(node):
+    if not has_zeros(node):
         return False
     if node.graph is not copy.graph or node.outputs[0].is_graph_output():
         return False

@@ -15,6 +15,7 @@ from qdq.graph.pairs import (
     COPY_OPS,
     ONNX_DOMAINS,
     QDQ_OPS,
+    code_type_of,
     constant_of,
     input_of,
     is_op,
@@ -67,6 +68,7 @@ _EPSILON_OPS = frozenset({"Add", "Max", "Clip"})
 _VARIANCE_OPS = frozenset({"ReduceMean", "ReduceSum"})
 _BODY_TYPES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _LARGEST_CODE = 128  # magnitude of int8 codes
+_LARGEST_FP8_CODE = 448
 
 _MIXED_PRODUCT = (
     "an operand of its product has float32 scales, and the scales of both must be of one type"
@@ -362,7 +364,9 @@ def _by_scale(node: ir.Node, target: Target) -> str | None:
             f"down to {smallest:.3g}"
         )
 
-    peak = _LARGEST_CODE * float(scale.max(initial=0))
+    is_fp8 = code_type_of(node) == ir.DataType.FLOAT8E4M3FN
+    largest_code = _LARGEST_FP8_CODE if is_fp8 else _LARGEST_CODE
+    peak = largest_code * float(scale.max(initial=0))
     if peak > target.largest:
         return f"its codes reach {peak:.3g}, and {target.name} ends at {target.largest:.0f}"
     return None

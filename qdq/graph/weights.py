@@ -1,4 +1,4 @@
-"""Store weights as int8 with only a DequantizeLinear: a quarter of the size (R-WSTORE b)."""
+"""Store weights as codes with only a DequantizeLinear: a quarter of the size (R-WSTORE b)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.graph.edits import add_initializer, find_free_name
+from qdq.graph.pairs import code_type_of
 
-# Codes of a float array: (values, scale, axis) -> int8 array of the same shape.
+_SUFFIXES = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8"}
+
+# Codes of a float array: (values, scale, axis, type) -> array of that type and of the same shape.
 QuantizeFunction = Callable[
-    [npt.NDArray[np.float32], npt.NDArray[np.float32], int | None], npt.NDArray[np.int8]
+    [npt.NDArray[np.float32], npt.NDArray[np.float32], int | None, ir.DataType], npt.NDArray[Any]
 ]
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
-    """Turn float initializer -> Q -> DQ into int8 initializer -> DQ.
+    """Turn float initializer -> Q -> DQ into initializer of codes, int8 or FP8 -> DQ.
 
     Args:
         quantize: The arithmetic of the quantizer, passed in so that it is defined in one place only.
@@ -54,17 +57,19 @@ class QuantizeWeights(ir.passes.InPlacePass):
         scale = _initializer_of(quantize, 1)
         assert weight is not None and values is not None and scale is not None  # noqa: S101
 
+        code_type = code_type_of(quantize)
+        assert code_type is not None  # noqa: S101  # export writes zero points
         name = str(weight.name)
         has_single_reader = len(weight.uses()) == 1
         if has_single_reader:  # the codes take over the name of the weight
             graph.initializers.pop(name)
         else:
-            name = f"{name}.int8"
+            name = f"{name}.{_SUFFIXES[code_type]}"
             if name in graph.initializers:  # with codes of another scale
                 name = find_free_name(graph, f"{name}_", 1)
 
         axis = quantize.attributes["axis"].as_int() if scale.ndim else None
-        codes = add_initializer(graph, name, self._quantize(values, scale, axis))
+        codes = add_initializer(graph, name, self._quantize(values, scale, axis, code_type))
         quantize.outputs[0].replace_all_uses_with(codes)
         graph.remove(quantize, safe=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qdq.errors import ArgumentError
-from qdq.formats import Format
+from qdq.formats import FP8_AMAX_FLOOR, Format
 from qdq.observers.aciq import gauss_ratio, laplace_ratio
 from qdq.observers.batch_maxima import average_maxima, moving_average
 from qdq.observers.entropy import solve_entropy
@@ -124,7 +124,8 @@ def solve_amax(
         **options: `percentile` (0 to 100) of "percentile", `num_std` of "mean_std", `weight` of "moving_average".
 
     Returns:
-        amax, not above the largest value that the format can represent; 0 if there is no such value, or no data.
+        amax, not above the largest value that the format can represent; 0 if there is no such value, or no data. For
+        FP8 it is not below `FP8_AMAX_FLOOR`.
 
     Raises:
         ArgumentError: An unknown method, one that the format does not have, an option that it does not have, or one
@@ -141,7 +142,8 @@ def solve_amax(
     largest = max(statistics.high, 0.0) if fmt.unsigned else statistics.absmax
     if not largest > 0:
         return 0.0
-    return min(solver(statistics, fmt, **options), largest)
+    amax = min(solver(statistics, fmt, **options), largest)
+    return max(amax, FP8_AMAX_FLOOR) if fmt.is_float else amax
 
 
 def require_solver(method: str) -> Solver:

@@ -34,9 +34,13 @@ def conv_model(scopes=True):
     return model
 
 
-def codes_of(values, scale, axis):
-    assert axis == 0
+def codes_of(values, scale, axis, code_type):
+    assert (axis, code_type) == (0, ir.DataType.INT8)
     return np.clip(np.rint(values / scale.reshape(-1, 1, 1, 1)), -128, 127).astype(np.int8)
+
+
+def quotients_of(values, scale, axis, code_type):
+    return (values / scale).astype(code_type.numpy())
 
 
 def test_names():
@@ -91,6 +95,25 @@ def test_weights_become_codes():
     assert count_qdq(model) == (1, 2)
 
 
+def test_fp8_weights_become_fp8_codes():
+    model = ir.from_onnx_text("""
+    <ir_version: 9, opset_import: ["" : 19]>
+    g (float[2] x) => (float[2] y)
+    <float[2] w = {1, 3}, float a = {0.5}>
+    {
+        z = Constant <value = float8e4m3fn {0}> ()
+        c = QuantizeLinear (w, a, z)
+        d = DequantizeLinear (c, a, z)
+        y = Add (x, d)
+    }
+    """)
+    run_passes(model, [QuantizeWeights(quotients_of)])
+    (dequantize,) = (node for node in model.graph if node.op_type == "DequantizeLinear")
+    codes = dequantize.inputs[0].const_value
+    assert codes.dtype == ir.DataType.FLOAT8E4M3FN
+    assert codes.numpy().astype(np.float32).tolist() == [2, 6]
+
+
 def test_a_constant_with_several_scales_has_codes_for_each():
     model = ir.from_onnx_text("""
     <ir_version: 9, opset_import: ["" : 19]>
@@ -106,7 +129,7 @@ def test_a_constant_with_several_scales_has_codes_for_each():
         y = Sum (x, da, db, dc)
     }
     """)
-    run_passes(model, [QuantizeWeights(lambda values, scale, _: (values / scale).astype(np.int8))])
+    run_passes(model, [QuantizeWeights(quotients_of)])
     codes = [node.inputs[0].const_value.numpy().tolist() for node in list(model.graph)[:3]]
     assert codes == [[1, 2], [2, 4], [4, 8]]
 
