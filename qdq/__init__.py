@@ -40,6 +40,7 @@ _HOMES = {
     ),
     "detector": ("SplitDetector", "split_detector"),
     "device": ("choose_device", "describe_device", "find_sm"),
+    "diverge": ("Divergence", "find_divergence"),
     "evaluate": ("Evaluation", "evaluate_outputs", "measure_tie_floor"),
     "export": ("ExportReport", "export_onnx"),
     "fold": ("fold_batchnorm",),

@@ -31,6 +31,8 @@ from qdq.device import choose_device as choose_device
 from qdq.device import describe_device as describe_device
 from qdq.device import find_sm as find_sm
 from qdq.distributed import shard_batches as shard_batches
+from qdq.diverge import Divergence as Divergence
+from qdq.diverge import find_divergence as find_divergence
 from qdq.errors import ArgumentError as ArgumentError
 from qdq.errors import ArgumentTypeError as ArgumentTypeError
 from qdq.errors import BuildError as BuildError

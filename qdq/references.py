@@ -46,7 +46,7 @@ def save_references(
     if count < 1:
         raise ArgumentError(f"count is {count}; it must be 1 or more.", "use 8.")
     file = OnnxModel(onnx)
-    samples = _take_in_turn(list_filled_batches(batches), count, _has_fixed_batch(file))
+    samples = draw_samples(batches, count, file)
     quantized = _run(model, samples, file)
     with ExitStack() as paused:
         for _, quantizer in named_quantizers(model):
@@ -57,6 +57,20 @@ def save_references(
         inputs = dict(zip(file.inputs, list_file_inputs(file, sample), strict=True))
         pairs.append(Pair(inputs, outputs, float_outputs))
     return save_pairs(pairs, path, onnx)
+
+
+def draw_samples(batches: Iterable[Any], count: int, file: OnnxModel) -> list[Any]:
+    """The first sample of each batch, then the second of each, and so on; whole batches if the file fixes their size.
+
+    Args:
+        batches: As for `save_references`.
+        count: The most samples.
+        file: The file that will run on them.
+
+    Raises:
+        DataError: No batch with samples.
+    """
+    return _take_in_turn(list_filled_batches(batches), count, _has_fixed_batch(file))
 
 
 def _has_fixed_batch(file: OnnxModel) -> bool:

@@ -54,6 +54,7 @@ MODEL_FILE = "model.onnx"
 JOURNAL_FILE = "analysis.jsonl"
 STATISTICS_FILE = "calibration.safetensors"
 REFERENCES_FILE = "references.safetensors"
+QUANTIZED_FILE = "quantized.safetensors"
 TUNING_FOLDER = "tuning"
 
 _PROBE_SECONDS = 10.0  # no process takes longer to check whether a folder is in use
@@ -76,6 +77,7 @@ _RUN_FILES = (
     "model.engine",
     "model.rtx.engine",
     REFERENCES_FILE,
+    QUANTIZED_FILE,
     REPORT_FILE,
     PAGE_FILE,
     TEXT_FILE,
@@ -165,6 +167,11 @@ class Run:
     def references_file(self) -> Path:
         """Inputs and the outputs that belong to them, for `save_references`; `make_bundle` reads them."""
         return self.folder / REFERENCES_FILE
+
+    @property
+    def quantized_file(self) -> Path:
+        """Weights and ranges of the model that was exported, for `save_tuned`; `qdq diverge` reads them."""
+        return self.folder / QUANTIZED_FILE
 
     @property
     def journal_file(self) -> Path:

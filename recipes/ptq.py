@@ -185,6 +185,7 @@ def ptq(
         gpu=analysis_options["gpu"],
     )
     qdq.save_references(net, calibration, run.references_file, exported.path)
+    qdq.save_tuned(net, run.quantized_file)
 
     run.stage("build")
     build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)

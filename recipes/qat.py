@@ -188,6 +188,7 @@ def qat(
         tie_floor_db=tie_floor_db,
     )
     qdq.save_references(net, calibration, run.references_file, exported.path)
+    qdq.save_tuned(net, run.quantized_file)
 
     run.stage("build")
     build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)

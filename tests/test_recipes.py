@@ -43,6 +43,7 @@ WRITTEN = [
     "model.onnx",
     "model.rtx.engine",
     "plan.yaml",
+    "quantized.safetensors",
     "references.safetensors",
     "report.html",
     "report.json",

@@ -21,6 +21,7 @@ from qdq.bundle.folder import (
     EXPECTED_FILE,
     find_parent,
     list_digests,
+    name_array,
     replace_folder,
     require_place,
 )
@@ -44,7 +45,6 @@ _TARGET_FILES = ("verify.sh", "verify.py", "README.txt")
 _COMMANDS_FILE = "commands.sh"
 # trtexec separates names with commas.
 _TENSOR_NAME = re.compile(r"[\w./:-]+")
-_UNSAFE = re.compile(r"[^\w.-]")
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ def _write_arrays(
     """Write arrays as `NUMBER.NAME.bin` (little-endian, C order, no header) and `.npy`; returns the raw files."""
     files = {}
     for position, (name, array) in enumerate(arrays.items()):
-        stem = f"{number}.{position}.{_UNSAFE.sub('_', name)}"
+        stem = name_array(number, position, name)
         (folder / place).mkdir(parents=True, exist_ok=True)
         little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
         files[name] = place / f"{stem}.bin"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ EXPECTED_FILE = "expected.json"
 RESULT_FILE = "result.json"
 
 _FIX = "choose another folder with -o."
+_UNSAFE = re.compile(r"[^\w.-]")
 
 
 class _Listing(TypedDict):
@@ -45,6 +47,17 @@ def require_place(folder: Path) -> None:
             f"{printable(folder)} holds files and is not a bundle: it has no {EXPECTED_FILE} that qdq wrote.",
             _FIX,
         )
+
+
+def name_array(pair: int, position: int, name: str) -> str:
+    """The name of the files of an array, without their endings.
+
+    Args:
+        pair: Number of the pair.
+        position: Position among the inputs, or the outputs.
+        name: Name of the input or output.
+    """
+    return f"{pair}.{position}.{_UNSAFE.sub('_', name)}"
 
 
 def list_digests(folder: Path) -> dict[str, str]:

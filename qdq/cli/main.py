@@ -64,6 +64,7 @@ def make_app() -> cyclopts.App:
     from qdq.cli.build import build
     from qdq.cli.bundle import bundle
     from qdq.cli.check import check
+    from qdq.cli.diverge import diverge
     from qdq.cli.env import env
     from qdq.cli.eval import evaluate_files
     from qdq.cli.explain import explain
@@ -88,6 +89,7 @@ def make_app() -> cyclopts.App:
         "build": build,
         "bundle": bundle,
         "eval": evaluate_files,
+        "diverge": diverge,
         "report": report,
         "explain": explain,
         "gate": gate,

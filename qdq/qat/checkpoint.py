@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from qdq.calibrate.collect import bytes_of, format_of
+from qdq.device import find_device
 from qdq.errors import DataError, ModelError
 from qdq.files import as_path, read_file, write_atomic
 from qdq.forward import require_model
@@ -152,6 +153,8 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a model the weights, ranges and float layers that `save_tuned` or `finetune` wrote, in place.
 
+    A layer without a bias gets one if `correct_bias` had given it one.
+
     Args:
         model: The model, folded, swapped and rewired as before fine-tuning; it need not be calibrated.
         path: The file.
@@ -167,11 +170,28 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     tensors, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
     _require_same(_describe_formats(model), facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))
-    _require_fit(model.state_dict(), tensors, list(quantizers), path)
+    biases = _list_new_biases(model, tensors)
+    _require_fit({**model.state_dict(), **biases}, tensors, list(quantizers), path)
+    for name in biases:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        layer.bias = nn.Parameter(torch.zeros_like(tensors[name], device=find_device(model)))
     model.load_state_dict(tensors, strict=False)
     for name, quantizer in quantizers.items():
         quantizer.is_enabled = name not in facts["disabled"]
     return {key: value for key, value in facts.items() if key not in _FORMAT_FACTS}
+
+
+def _list_new_biases(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The biases that `correct_bias` gave to layers without one."""
+    biases = {}
+    layers = dict(model.named_modules())
+    for name, tensor in tensors.items():
+        layer, _, attribute = name.rpartition(".")
+        if attribute == "bias" and getattr(layers.get(layer), "bias", tensor) is None:
+            biases[name] = tensor
+    return biases
 
 
 def _require_fit(

@@ -20,6 +20,9 @@ STRONG_TYPES: Version = (11, 0)
 REFERENCES: Version = (11, 1)
 """From this version on trtexec compares outputs with references, on Linux."""
 
+DEBUG_TENSORS: Version = (10, 13)
+"""From this version on trtexec writes debug tensors as `.npy`."""
+
 HALF_SCALES: Version = (10, 0)
 """The oldest version whose Q/DQ have float16 scales."""
 
@@ -82,6 +85,9 @@ FLAGS = {
     "--noDataTransfers": _DEFAULT_OF_11,
     "--separateProfileRun": _DEFAULT_OF_11,
     "--includeDataTransfers": FlagSpan(first=STRONG_TYPES),
+    # debug tensors
+    "--markDebug": FlagSpan(first=(10, 0)),
+    "--saveAllDebugTensors": FlagSpan(first=DEBUG_TENSORS),
     # inputs and references
     "--loadInputs": _ALL,
     "--loadRefOutputs": _REFERENCES,

@@ -116,21 +116,46 @@ def build_flags(
             f"TensorRT {version[0]}.{version[1]} has no float16 scales.",
             "export with precision 'fp32'.",
         )
-    type_flags = ["--fp16"]
-    if half:
-        type_flags = ["--stronglyTyped"]
-    elif quantized:
-        type_flags = ["--int8", "--fp16"]
     flags = [
         f"--onnx={onnx}",
         f"--saveEngine={engine}",
         *_list_profile_flags(profiles),
-        *type_flags,
+        *_list_type_flags(half=half, quantized=quantized),
         f"--timingCacheFile={engine.with_suffix('.timing.cache')}",
         f"--exportLayerInfo={engine.with_suffix('.layers.json')}",
         f"--exportProfile={engine.with_suffix('.profile.json')}",
         f"--exportTimes={engine.with_suffix('.times.json')}",
         *_BUILD_FLAGS,
+    ]
+    return select_flags(flags, version)
+
+
+def debug_flags(
+    onnx: Path, tensors: Sequence[str], pair: Pair, version: Version, *, half: bool = False
+) -> list[str]:
+    """Flags that build an engine, run it once on the inputs of a pair, and write inner tensors as `.npy`.
+
+    Debug tensors leave the kernels of the engine as they are, unlike outputs of the network.
+
+    Args:
+        onnx: The ONNX file with Q/DQ.
+        tensors: Names of the tensors.
+        pair: Its inputs are loaded.
+        version: Major and minor version of TensorRT, `flags.DEBUG_TENSORS` or later.
+        half: As for `build_flags`.
+    """
+    profiles = {
+        name: {"min": shape, "opt": shape, "max": shape} for name, shape in pair.shapes.items()
+    }
+    flags = [
+        f"--onnx={onnx.as_posix()}",
+        *_list_profile_flags(profiles),
+        *_list_shape_flags(pair),
+        *_list_type_flags(half=half, quantized=True),
+        f"--loadInputs={_join_files(pair.inputs)}",
+        f"--markDebug={','.join(tensors)}",
+        "--saveAllDebugTensors=numpy",
+        *_RUN_ONCE_FLAGS,
     ]
     return select_flags(flags, version)
 
@@ -174,6 +199,13 @@ def reference_flags(
         flags.append(f"--loadRefOutputs={_join_files({output: pair.references[output]})}")
     flags += ["--accuracyAlgorithm=l2", f"--accuracyThreshold={most_l2:.6e}", *_RUN_ONCE_FLAGS]
     return select_flags(flags, version)
+
+
+def _list_type_flags(*, half: bool, quantized: bool) -> list[str]:
+    """The flags that allow types, before TensorRT 11; arguments as for `build_flags`."""
+    if half:
+        return ["--stronglyTyped"]
+    return ["--int8", "--fp16"] if quantized else ["--fp16"]
 
 
 def _list_profile_flags(profiles: Mapping[str, Profile]) -> list[str]:

@@ -1,0 +1,98 @@
+"""The first tensor in which a file or an engine differs from torch, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from qdq.batch import list_filled_batches
+from qdq.check.load import load_onnx, require_whole
+from qdq.diverge.causes import explain_values, find_causes
+from qdq.diverge.compare import Comparison
+from qdq.diverge.dumps import read_dumps
+from qdq.diverge.file_run import FileRun
+from qdq.diverge.places import find_places
+from qdq.diverge.record import list_layers, list_quantizers
+from qdq.diverge.result import Divergence as Divergence
+from qdq.diverge.result import TensorDistance as TensorDistance
+from qdq.errors import ArgumentError
+from qdq.files import as_path
+from qdq.forward import require_model
+from qdq.metrics import Array
+from qdq.text import printable
+
+
+def find_divergence(
+    model: nn.Module,
+    onnx: Path | str,
+    batches: Iterable[Any],
+    *,
+    dumps: Path | str | None = None,
+) -> Divergence:
+    """Compare the tensors of a file with those of the torch model that it was exported from, in order of execution.
+
+    The input of every quantizer and the output of every layer with weights are compared. torch runs twice: as it is,
+    and once more with the codes that the file has computed. The second run tells ties from faults: a code that fell on
+    the other side of a tie is then the same in both, so what remains is the difference of the operators between two
+    quantizers. It is judged by the rounding of float32, or of float16 for an engine.
+
+    Args:
+        model: The calibrated model that was exported.
+        onnx: The file.
+        batches: Samples, as for `calibrate_model`; one or two are enough.
+        dumps: Folder with the debug tensors that an engine has written for the first batch. They are compared instead
+            of the tensors of ONNX Runtime.
+
+    Raises:
+        ArgumentError: No quantizer of the model is in the file.
+        CheckError: The file cannot be read or run.
+        DataError: No batch, or no dump.
+    """
+    require_model(model)
+    path = as_path(onnx, "onnx")
+    loaded = load_onnx(path)
+    require_whole(loaded)
+    batches = list_filled_batches(batches)
+    quantizers, layers = list_quantizers(model), list_layers(model)
+    tensors: Mapping[str, Array] = {}
+    ignored: tuple[str, ...] = ()
+    if dumps is not None:
+        places = find_places(loaded.model, quantizers, layers, add_outputs=False)
+        content = read_dumps(as_path(dumps, "dumps"), places.list_values(loaded.model))
+        tensors, ignored = content.tensors, content.ignored
+        batches = batches[:1]
+
+    with FileRun(loaded.model, quantizers, layers, tensors) as file:
+        if not file.places.quantizers:
+            raise ArgumentError(
+                f"no quantizer of the model has its name in {printable(path)}.",
+                "give the file that export_onnx wrote for this model.",
+            )
+        comparison = Comparison(model, file, tensors if dumps is not None else None)
+        for batch in tqdm(batches, desc="diverge", unit="batch", disable=None):
+            comparison.add(batch)
+        rows = comparison.conclude()
+        last = comparison.last
+
+    result = Divergence(
+        path=path,
+        source="ONNX Runtime" if dumps is None else f"the engine of {len(tensors)} dumps",
+        samples=len(batches),
+        tensors=tuple(rows),
+        causes=(),
+        not_compared=tuple(sorted(quantizers.keys() - {row.name for row in rows})),
+        ignored=ignored,
+    )
+    if result.first is None:
+        return result
+    site = last.site_of[result.first]
+    causes = [
+        *explain_values(*last.values_of[site]),
+        *find_causes(model, loaded.model, batches[0], site),
+    ]
+    return replace(result, causes=tuple(causes))

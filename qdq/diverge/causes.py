@@ -1,0 +1,288 @@
+"""Why a tensor of a file differs: what a fresh export of the model writes there, and how the values differ."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from torch import nn
+
+from qdq.diverge.places import find_places
+from qdq.diverge.record import Site
+from qdq.errors import QdqError
+from qdq.export import export_onnx
+from qdq.graph.pairs import constant_of, is_op
+from qdq.metrics import Array
+from qdq.text import list_names
+
+_MOST_NAMES = 3
+_EQUAL = 1e-6  # relative
+_STRAIGHT = 1e-3  # relative deviation from a multiple
+
+
+def find_causes(model: nn.Module, found: ir.Model, batch: Any, site: Site) -> list[str]:
+    """Compare the nodes that compute a tensor with those that a fresh export writes.
+
+    Args:
+        model: The torch model.
+        found: The graph of the file.
+        batch: An example for the export.
+        site: The tensor.
+
+    Returns:
+        As for `compare_graphs`, or why it is not known.
+    """
+    try:
+        expected = _export_again(model, found, batch)
+    except QdqError as error:
+        return [f"not known: the model cannot be exported again to compare: {error.message}"]
+    return compare_graphs(expected, found, site)
+
+
+def compare_graphs(expected: ir.Model, found: ir.Model, site: Site) -> list[str]:
+    """The differences between the nodes that compute a tensor in two graphs.
+
+    Args:
+        expected: A fresh export.
+        found: The file.
+        site: The tensor.
+
+    Returns:
+        The differences in words, nearest first; or one line that there are none.
+    """
+    quantizers = {site.name} if site.kind == "quantizer" else set()
+    layers = {site.name} if site.kind == "layer" else set()
+    places = []
+    for graph in (expected, found):
+        places.append(find_places(graph, quantizers, layers, add_outputs=False))
+    expected_node, found_node = (place.nodes.get(site) for place in places)
+    if expected_node is None or found_node is None:
+        return ["a fresh export has no such tensor: the file is of another model or version"]
+    differences = list(_compare_nodes(expected_node, found_node))
+    if differences:
+        return differences
+    return [
+        "the nodes before it are those of a fresh export: the runtime computes them differently, or the export is wrong"
+    ]
+
+
+def _export_again(model: nn.Module, found: ir.Model, batch: Any) -> ir.Model:
+    """The graph that the model gives with the options of the file."""
+    types = {value.dtype for node in found.graph for value in node.outputs}
+    precision = "fp32"
+    if ir.DataType.FLOAT16 in types:
+        precision = "fp16"
+    elif ir.DataType.BFLOAT16 in types:
+        precision = "bf16"
+    sizes = [value.shape[0] for value in found.graph.inputs if value.shape]
+    with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
+        report = export_onnx(
+            model,
+            batch,
+            Path(folder) / "model.onnx",
+            opset=found.opset_imports.get("", 0),
+            dynamic_batch=not all(isinstance(size, int) for size in sizes),
+            weights="float" if _has_float_weights(found) else "int8",
+            precision=precision,
+        )
+        loaded = ir.load(report.path)
+        ir.external_data.load_to_model(loaded)
+        return loaded
+
+
+def _has_float_weights(model: ir.Model) -> bool:
+    """Whether a Q of the graph reads a constant."""
+    quantize_nodes = [node for node in model.graph if is_op(node, "QuantizeLinear")]
+    return any(constant_of(node.inputs[0]) is not None for node in quantize_nodes)
+
+
+def _compare_nodes(expected: ir.Node, found: ir.Node) -> Iterator[str]:
+    """The differences of two nodes and of the nodes before them, up to the activations that were quantized before."""
+    expected_nodes, found_nodes = _list_segment(expected), _list_segment(found)
+    missing = [name for name in expected_nodes if name not in found_nodes]
+    added = [name for name in found_nodes if name not in expected_nodes]
+    if missing:
+        yield f"{list_names(missing, _MOST_NAMES)} of a fresh export is missing"
+    if added:
+        yield f"{list_names(added, _MOST_NAMES)} is not in a fresh export"
+    known = {*missing, *added}
+    for name, node in found_nodes.items():
+        if name in expected_nodes:
+            yield from _compare_node(expected_nodes[name], node, known)
+
+
+def _list_segment(last: ir.Node) -> dict[str, ir.Node]:
+    """A node and those before it by name, nearest first; a DQ of an activation ends the search."""
+    segment: dict[str, ir.Node] = {}
+    nodes = [last]
+    while nodes:
+        node = nodes.pop(0)
+        if str(node.name) in segment:
+            continue
+        segment[str(node.name)] = node
+        if is_op(node, "DequantizeLinear") and constant_of(node.inputs[0]) is None:
+            continue
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer.op_type != "Constant":
+                nodes.append(producer)
+    return segment
+
+
+def _compare_node(expected: ir.Node, found: ir.Node, known: Set[str]) -> Iterator[str]:
+    """The differences of two nodes of one name: attributes, constants and where the inputs come from.
+
+    Args:
+        expected: The node of a fresh export.
+        found: The node of the file.
+        known: Names of nodes that only one of the two graphs has.
+    """
+    name = found.name
+    if expected.op_type != found.op_type:
+        yield f"{name} is {found.op_type}, a fresh export has {expected.op_type}"
+        return
+    for key in sorted({*expected.attributes, *found.attributes}):
+        values = [_read_attribute(node, key) for node in (expected, found)]
+        if values[0] != values[1]:
+            yield f"{name} has {key} {values[1]}, a fresh export has {values[0]}"
+    sources = [list(map(_name_source, node.inputs)) for node in (expected, found)]
+    if sources[0] != sources[1] and sorted(sources[0]) == sorted(sources[1]):
+        yield f"the inputs of {name} are in another order: {sources[1]}, a fresh export has {sources[0]}"
+        return
+    if len(found.inputs) < len(expected.inputs):
+        yield f"{name} has {len(found.inputs)} inputs, a fresh export has {len(expected.inputs)}: a bias is missing"
+    for position, (first, second) in enumerate(zip(expected.inputs, found.inputs, strict=False)):
+        if known.isdisjoint((sources[0][position], sources[1][position])):
+            yield from _compare_inputs(name, position, first, second)
+
+
+def _compare_inputs(
+    name: str | None, position: int, expected: ir.Value | None, found: ir.Value | None
+) -> Iterator[str]:
+    """The difference of two inputs at the same position of a node."""
+    arrays = [constant_of(value) for value in (expected, found)]
+    if arrays[0] is not None and arrays[1] is not None:
+        difference = compare_constants(arrays[0], arrays[1])
+        if difference:
+            label = None if found is None else found.name
+            yield f"{label} of {name} {difference}"
+        return
+    sources = _name_source(expected), _name_source(found)
+    if sources[0] != sources[1]:
+        yield f"input {position} of {name} comes from {sources[1]}, in a fresh export from {sources[0]}"
+
+
+def _name_source(value: ir.Value | None) -> str:
+    """Where an input comes from: a node, the caller, a constant, or nowhere."""
+    if value is None:
+        return "nothing"
+    if constant_of(value) is not None:
+        return f"constant {value.name}" if value.producer() is None else "a constant"
+    producer = value.producer()
+    return f"input {value.name}" if producer is None else str(producer.name)
+
+
+def _read_attribute(node: ir.Node, key: str) -> Any:
+    attribute = node.attributes.get(key)
+    if attribute is None:
+        return "its default"
+    if isinstance(attribute.value, tuple | list):
+        return list(attribute.value)
+    return attribute.value
+
+
+def compare_constants(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> str:
+    """The difference of two arrays in words; "" if they are equal.
+
+    Args:
+        expected: Of a fresh export.
+        found: Of the file.
+    """
+    if expected.shape != found.shape:
+        return f"has shape {list(found.shape)}, a fresh export has {list(expected.shape)}"
+    first, second = expected.astype(np.float64), found.astype(np.float64)
+    if np.allclose(first, second, rtol=_EQUAL, atol=0):
+        return ""
+    if not second.any():
+        return "is all zero"
+    if first.size == 1:
+        return f"is {second.item():.6g}, a fresh export has {first.item():.6g}{_describe_ratio(first, second)}"
+    reordered = _find_reordering(first, second)
+    if reordered:
+        return reordered
+    factors = _find_factors(first, second)
+    if factors is not None:
+        return factors
+    differing = int(np.count_nonzero(~np.isclose(first, second, rtol=_EQUAL, atol=0)))
+    largest = float(np.abs(first - second).max())
+    return f"differs in {differing} of {first.size} values, by at most {largest:.3g}"
+
+
+def _describe_ratio(expected: Array, found: Array) -> str:
+    if not expected.item():
+        return ""
+    return f" ({found.item() / expected.item():.4g} times)"
+
+
+def _find_reordering(expected: Array, found: Array) -> str:
+    """How the same numbers are in another order; "" if they are not."""
+    if not np.array_equal(np.sort(expected.ravel()), np.sort(found.ravel())):
+        return ""
+    is_square = expected.ndim > 1 and expected.shape[0] == expected.shape[1]
+    if is_square and np.array_equal(expected.swapaxes(0, 1), found):
+        return "is transposed"
+    if expected.ndim > 3 and np.array_equal(expected.swapaxes(-1, -2), found):
+        return "has its last two axes swapped"
+    return "has the same values in another order"
+
+
+def _find_factors(expected: Array, found: Array) -> str | None:
+    """By which factors one array is the other; None if it is not a multiple along its first axis."""
+    rows, others = expected.reshape(len(expected), -1), found.reshape(len(expected), -1)
+    norms = np.sum(rows**2, axis=1)
+    if not norms.all():
+        return None
+    factors = np.sum(rows * others, axis=1) / norms
+    deviation = np.abs(others - factors[:, None] * rows).max()
+    if deviation > _STRAIGHT * np.abs(others).max():
+        return None
+    if np.ptp(factors) <= _STRAIGHT * abs(factors[0]):
+        return f"is {factors[0]:.4g} times that of a fresh export"
+    changed = np.abs(factors - 1) > _EQUAL
+    return (
+        f"is {factors.min():.4g} to {factors.max():.4g} times that of a fresh export in {int(changed.sum())} of "
+        f"{len(factors)} channels, as of another BatchNorm or another calibration"
+    )
+
+
+def explain_values(expected: Array, found: Array) -> list[str]:
+    """How a tensor differs from what torch computes from the same codes, in words.
+
+    Args:
+        expected: Of torch.
+        found: Of the file.
+    """
+    if expected.shape != found.shape:
+        return []
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    if not np.isfinite(found).all() and np.isfinite(expected).all():
+        return ["it has NaN or infinite values, torch has none"]
+    if not found.any() and expected.any():
+        return ["it is all zero"]
+    tolerance = _STRAIGHT * float(np.nan_to_num(np.abs(expected)).max(initial=0.0))
+    texts = []
+    if expected.min() >= 0 and found.min() < -tolerance:
+        texts.append("it has negative values and torch has none, as without a ReLU")
+    differing = np.abs(expected - found) > tolerance
+    if expected.ndim > 1 and differing.any():
+        channels = np.moveaxis(differing, 1, 0).reshape(differing.shape[1], -1).any(axis=1)
+        if channels.sum() < channels.size:
+            texts.append(f"{int(channels.sum())} of {channels.size} channels differ")
+    if expected.ndim > 3 and differing.any() and not differing[..., 1:-1, 1:-1].any():
+        texts.append("it differs at its borders only, as with other padding")
+    return texts

@@ -1,0 +1,251 @@
+"""`find_divergence` on files with faults; the truth is which node was changed."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from small_model import make_batches
+from torch import nn
+
+import qdq
+from qdq.diverge.causes import compare_constants, compare_graphs, explain_values
+from qdq.diverge.record import Site
+from qdq.errors import ArgumentError, DataError
+
+
+class Network(nn.Module):
+    """A residual addition, two quantizers of one tensor, and a reshape before the last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8 * 36, 16)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.left(x) + self.right(x)).relu()
+        return self.head(nn.functional.max_pool2d(x, 2).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    torch.manual_seed(0)
+    model, batches = Network().eval(), make_batches(2)
+    qdq.swap_modules(model, batches[0], include="*")
+    qdq.rewire_operations(model, batches[0])
+    qdq.calibrate_model(model, batches, method="max")
+    path = tmp_path_factory.mktemp("diverge") / "model.onnx"
+    return model, batches, qdq.export_onnx(model, batches[0], path).path
+
+
+def find_node(graph, name):
+    return next(node for node in graph if node.name == name)
+
+
+def set_constant(graph, node, position, array):
+    name = f"fault.{node.name}.{position}"
+    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
+    node.replace_input_with(position, value)
+
+
+def scale_pair(graph):
+    for node in list(graph):
+        if str(node.name).startswith("head._input_quantizer/"):
+            set_constant(graph, node, 1, 2 * node.inputs[1].const_value.numpy())
+
+
+def remove_relu(graph):
+    node = find_node(graph, "/Relu")
+    node.outputs[0].replace_all_uses_with(node.inputs[0])
+    graph.remove(node, safe=True)
+
+
+def turn_weight(graph):
+    node = find_node(graph, "left._weight_quantizer/DequantizeLinear")
+    set_constant(graph, node, 0, node.inputs[0].const_value.numpy().swapaxes(0, 1).copy())
+
+
+def shift_pads(graph):
+    find_node(graph, "stem/Conv").attributes["pads"] = ir.AttrInt64s("pads", [0, 0, 2, 2])
+
+
+# Fault -> tensor kind and name that must be first, and what a cause must say.
+FAULTS = {
+    scale_pair: ("quantizer", "head._input_quantizer", "(2 times)"),
+    remove_relu: ("quantizer", "left._input_quantizer", "as without a ReLU"),
+    turn_weight: ("layer", "left", "is transposed"),
+    shift_pads: ("layer", "stem", "has pads [0, 0, 2, 2], a fresh export has [1, 1, 1, 1]"),
+}
+
+
+def write_faulty(onnx, fault, folder):
+    graph = ir.load(onnx)
+    fault(graph.graph)
+    ir.save(graph, folder / "faulty.onnx")
+    return folder / "faulty.onnx"
+
+
+def test_a_clean_file_has_no_tensor_beyond_its_tie_floor(exported):
+    model, batches, onnx = exported
+    result = qdq.find_divergence(model, onnx, batches)
+    assert result.first is None
+    assert {tensor.name for tensor in result.tensors} >= {"stem", "left._input_quantizer", "output"}
+    assert "none of" in result.format_table()
+    for tensor in result.tensors:
+        assert tensor.excess_lsb < 0.1 * tensor.limit_lsb
+
+
+@pytest.mark.parametrize("fault", [scale_pair, turn_weight])
+def test_a_fault_is_the_first(exported, fault, tmp_path):
+    model, batches, onnx = exported
+    result = qdq.find_divergence(model, write_faulty(onnx, fault, tmp_path), batches[:1])
+    kind, name, cause = FAULTS[fault]
+    assert (result.first.kind, result.first.name) == (kind, name)
+    assert any(cause in text for text in result.causes), result.causes
+    assert f"cause: {result.causes[0]}" in result.format_table()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_cause_is_the_node_that_was_changed(exported, fault, tmp_path):
+    _, _, onnx = exported
+    kind, name, cause = FAULTS[fault]
+    found = ir.load(write_faulty(onnx, fault, tmp_path))
+    causes = compare_graphs(ir.load(onnx), found, Site(name, kind=kind))
+    if fault is remove_relu:
+        cause = "/Relu of a fresh export is missing"
+    assert any(cause in text for text in causes), causes
+    clean = compare_graphs(ir.load(onnx), ir.load(onnx), Site(name, kind=kind))
+    assert len(clean) == 1
+    assert "are those of a fresh export" in clean[0]
+
+
+def test_figures_against_a_plain_session(exported, tmp_path):
+    """The distances of the tensor behind the missing ReLU, computed here from the quantizer's scale."""
+    model, batches, onnx = exported
+    faulty = write_faulty(onnx, remove_relu, tmp_path)
+    graph = ir.load(faulty)
+    relu_input = find_node(graph.graph, "left._input_quantizer/QuantizeLinear").inputs[0]
+    graph.graph.outputs.append(relu_input)
+    ir.save(graph, tmp_path / "outputs.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "outputs.onnx")
+    name = session.get_inputs()[0].name
+    tensor = session.run([relu_input.name], {name: batches[0].numpy()})[0]
+    with torch.no_grad():
+        expected = model.stem(batches[0]).relu().numpy()
+    scale = float(model.left._input_quantizer.amax) / 127
+    steps = np.abs(np.clip(tensor / scale, -128, 127) - np.clip(expected / scale, -128, 127))
+    first = qdq.find_divergence(model, faulty, batches[:1]).first
+    assert first.module == "stem"
+    assert first.max_lsb == pytest.approx(steps.max(), rel=1e-3)
+    assert first.p99_lsb == pytest.approx(np.percentile(steps, 99), rel=1e-3)
+    noise = np.sum((expected - tensor) ** 2)
+    assert first.sqnr_db == pytest.approx(10 * np.log10(np.sum(expected**2) / noise), abs=1e-3)
+    assert first.tie_floor_db == np.inf
+    codes = [np.rint(values / scale).clip(-128, 127) for values in (tensor, expected)]
+    assert first.codes_differ == pytest.approx(np.mean(codes[0] != codes[1]), abs=1e-3)
+
+
+def dump(onnx, names, batch, folder, change=None):
+    """Write tensors of the file as trtexec does, float tensors in float16."""
+    graph = ir.load(onnx)
+    graph.graph.outputs.extend(
+        value for node in graph.graph for value in node.outputs if value.name in names
+    )
+    ir.save(graph, folder / "dumped.onnx")
+    session = onnxruntime.InferenceSession(folder / "dumped.onnx")
+    arrays = session.run(names, {session.get_inputs()[0].name: batch.numpy()})
+    place = folder / "dumps"
+    place.mkdir()
+    for index, (name, array) in enumerate(zip(names, arrays, strict=True)):
+        if array.dtype == np.float32:
+            array = array.astype(np.float16)
+        if name == change:
+            array = array[:, ::-1]
+        safe = name.replace("/", "_")
+        np.save(place / f"{index:04d}_{safe}.npy", array)
+    return place
+
+
+def list_codes(onnx):
+    """Names of what the Q of activations read and write."""
+    pairs = []
+    for node in ir.load(onnx).graph:
+        if node.op_type == "QuantizeLinear" and node.inputs[0].producer() is not None:
+            pairs.append((node.inputs[0].name, node.outputs[0].name))
+    return pairs
+
+
+@pytest.mark.parametrize("positions", [(0,), (1,), (0, 1)], ids=["inputs of Q", "codes", "both"])
+def test_dumps_of_an_engine(exported, positions, tmp_path):
+    model, batches, onnx = exported
+    names = [pair[position] for position in positions for pair in list_codes(onnx)]
+    folder = dump(onnx, names, batches[0], tmp_path)
+    (folder / "0099_strange.npy").write_bytes(b"")
+    result = qdq.find_divergence(model, onnx, batches, dumps=folder)
+    assert result.first is None
+    assert result.samples == 1
+    quantized = [tensor for tensor in result.tensors if tensor.kind == "quantizer"]
+    assert len(quantized) == len(list_codes(onnx))
+    assert result.ignored == ("0099_strange.npy: no tensor of the file has this name",)
+
+
+def test_a_wrong_layout_in_an_engine(exported, tmp_path):
+    model, batches, onnx = exported
+    names = [pair[0] for pair in list_codes(onnx)]
+    folder = dump(onnx, names, batches[0], tmp_path, change=names[0])
+    result = qdq.find_divergence(model, onnx, batches, dumps=folder)
+    assert result.first.tensor == names[0]
+    assert any("the runtime computes them differently" in cause for cause in result.causes)
+
+
+def test_bad_input(exported, tmp_path):
+    model, batches, onnx = exported
+    with pytest.raises(DataError, match="there is no folder"):
+        qdq.find_divergence(model, onnx, batches, dumps=tmp_path / "none")
+    with pytest.raises(DataError, match="holds no dump of a tensor of the file: it is empty"):
+        qdq.find_divergence(model, onnx, batches, dumps=tmp_path)
+    np.save(tmp_path / f"0000_{list_codes(onnx)[0][0]}.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"its shape is \[3\]"):
+        qdq.find_divergence(model, onnx, batches, dumps=tmp_path)
+    other = qdq.swap_modules(wrapped := nn.Sequential(nn.Conv2d(3, 4, 1)).eval())
+    assert other is not None
+    with pytest.raises(ArgumentError, match="no quantizer of the model has its name"):
+        qdq.find_divergence(wrapped, onnx, batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda w: w.T, "is transposed"),
+        (lambda w: w[::-1], "has the same values in another order"),
+        (lambda w: 2 * w, "is 2 times that of a fresh export"),
+        (lambda w: 0 * w, "is all zero"),
+        (
+            lambda w: w * np.array([[1], [2], [4]]),
+            "is 1 to 4 times that of a fresh export in 2 of 3",
+        ),
+        (lambda w: w[:2], "has shape [2, 3], a fresh export has [3, 3]"),
+        (lambda w: w + np.eye(3), "differs in 3 of 9 values, by at most 1"),
+        (lambda w: w, ""),
+    ],
+)
+def test_differences_of_constants(change, text):
+    weight = np.random.default_rng(0).normal(size=(3, 3))
+    assert compare_constants(weight, change(weight)).startswith(text)
+    assert bool(text) == bool(compare_constants(weight, change(weight)))
+
+
+def test_differences_of_values():
+    values = np.random.default_rng(0).random((1, 4, 5, 5)) + 0.1
+    one_channel, border = values.copy(), values.copy()
+    one_channel[:, 2] += 1
+    border[..., 0] = -1
+    assert explain_values(values, one_channel) == ["1 of 4 channels differ"]
+    assert "borders only" in explain_values(values, border)[-1]
+    assert "as without a ReLU" in explain_values(values, border)[0]
+    assert explain_values(values, 0 * values) == ["it is all zero"]
+    assert explain_values(values, np.full_like(values, np.nan))[0].startswith("it has NaN")

@@ -1,0 +1,131 @@
+"""`qdq diverge RUN`: the model of a run is made again, with what the accuracy passes changed in it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import qdq
+from qdq.cli import main as cli
+from qdq.diverge.of_run import diverge_run
+from qdq.errors import DataError
+
+NET = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 16, 3, bias=False)
+    last = [nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(256, 4)]
+    return nn.Sequential(first, nn.ReLU(), second, *last).eval()
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run as the recipe makes it, without the stages that take long."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "net.py").write_text(NET)
+    settings = {
+        "model": f"{folder}/net.py:build",
+        "weights": "DEFAULT",
+        "data": f"{folder}/net.py:batches",
+        "metric": None,
+        "calib_batches": 2,
+        "eval_images": 4,
+        "batch_size": 4,
+        "image_size": None,
+        "seed": 0,
+        "exclude": [],
+        "output_options": {"outputs": [], "mask": None, "output_weights": []},
+    }
+    run = qdq.start_run(folder / "run", settings=settings)
+    options = {"model": settings["model"], "data": settings["data"]}
+    workload = qdq.load_workload(qdq.WorkloadOptions(calib_batches=2, eval_samples=4, **options))
+    model, calibration = workload.module, workload.calibration
+    qdq.swap_modules(model, workload.example)
+    qdq.rewire_operations(model, workload.example)
+    qdq.calibrate_model(model, calibration, method="max")
+    qdq.correct_bias(model, list(calibration))
+    assert model[0].bias is not None  # the float model has none
+    onnx = qdq.export_onnx(model, workload.example, run.model_file).path
+    qdq.save_references(model, calibration, run.references_file, onnx)
+    qdq.save_tuned(model, run.quantized_file)
+    run.finish()
+    return run.folder
+
+
+def test_a_clean_run(run_folder, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["diverge", str(run_folder), "--samples", "2", "--json", str(tmp_path / "d.json")])
+    printed = capsys.readouterr().out
+    assert exit.value.code == 0, printed
+    assert "on 2 batches: none of" in printed
+    (line,) = (line for line in printed.splitlines() if line.startswith("TensorRT 10:"))
+    assert "--loadInputs=input:../inputs/0.0.input.bin" in line
+    assert "--markDebug=relu," in line
+    assert "--saveAllDebugTensors=numpy" in line
+    assert {row["kind"] for row in json.loads((tmp_path / "d.json").read_text())["tensors"]} == {
+        "quantizer",
+        "layer",
+        "output",
+    }
+
+
+def test_another_weight_is_found(run_folder, tmp_path):
+    """The torch model is that of the file with weights and ranges, not that of the settings alone."""
+    tuned = run_folder / "quantized.safetensors"
+    content = tuned.read_bytes()
+    try:
+        result = diverge_run(run_folder).divergence
+        assert result.first is None
+        settings = json.loads((run_folder / "run.json").read_text())["settings"]
+        options = qdq.WorkloadOptions(
+            model=settings["model"], data=settings["data"], calib_batches=2
+        )
+        model = qdq.load_workload(options).module
+        qdq.swap_modules(model, torch.randn(1, 3, 8, 8))
+        qdq.rewire_operations(model, torch.randn(1, 3, 8, 8))
+        qdq.load_tuned(model, tuned)
+        with torch.no_grad():
+            model[0].bias += 0.5
+        qdq.save_tuned(model, tuned)
+        first = diverge_run(run_folder).divergence.first
+        assert (first.kind, first.name) == ("layer", "0")
+    finally:
+        tuned.write_bytes(content)
+
+
+def test_folders_that_cannot_be_compared(run_folder, tmp_path):
+    with pytest.raises(DataError, match="it is no run folder, the run is not finished"):
+        diverge_run(tmp_path)
+    for name in ("model.onnx", "quantized.safetensors"):
+        (tmp_path / name).write_bytes((run_folder / name).read_bytes())
+    (tmp_path / "run.json").write_text(json.dumps({"settings": {"model": "x"}}))
+    with pytest.raises(DataError, match="lack 'weights': it is not a run of `qdq ptq`"):
+        diverge_run(tmp_path)
+
+
+def test_dumps_need_the_samples_of_the_target(run_folder, tmp_path):
+    for path in run_folder.iterdir():
+        if path.suffix != ".log":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    model = diverge_run(run_folder)
+    (tmp_path / "dumps").mkdir()
+    np.save(tmp_path / "dumps" / "0000_relu.npy", np.zeros((1, 16, 6, 6), np.float16))
+    first = diverge_run(tmp_path, dumps=tmp_path / "dumps").divergence.first
+    assert model.divergence.first is None
+    assert first.tensor == "relu"
+    state = json.loads((tmp_path / "run.json").read_text())
+    other = tmp_path / "other.py"
+    other.write_text(NET.replace("manual_seed(1)", "manual_seed(2)"))
+    state["settings"]["data"] = f"{other}:batches"
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match="the first sample is not that of"):
+        diverge_run(tmp_path, dumps=tmp_path / "dumps")
