@@ -18,6 +18,7 @@ _HOMES = {
     "accuracy.smoothing": ("Smoothing", "smooth_inputs"),
     "analyze": ("Analysis", "analyze_layers"),
     "batch": ("Labelled",),
+    "bisect": ("Bisection", "bisect_pairs"),
     "build": ("BuildReport", "build_engine"),
     "bundle": ("BundleReport", "make_bundle"),
     "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),

@@ -14,6 +14,8 @@ from qdq.accuracy.smoothing import smooth_inputs as smooth_inputs
 from qdq.analyze import Analysis as Analysis
 from qdq.analyze import analyze_layers as analyze_layers
 from qdq.batch import Labelled as Labelled
+from qdq.bisect import Bisection as Bisection
+from qdq.bisect import bisect_pairs as bisect_pairs
 from qdq.build import BuildReport as BuildReport
 from qdq.build import build_engine as build_engine
 from qdq.bundle import BundleReport as BundleReport

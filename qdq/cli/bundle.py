@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
-
-from qdq.errors import DataError
-
-if TYPE_CHECKING:
-    from qdq.metrics import Array
-
-_FIX = "write it with numpy.savez(FILE, NAME=array), one array [N, ...] for each input."
 
 
 def bundle(
@@ -49,6 +42,7 @@ def bundle(
         json: Also write the report to this file.
     """
     from qdq.bundle import make_bundle
+    from qdq.cli.arrays import load_arrays
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
     from qdq.run import guard_command, list_run_files
@@ -57,7 +51,7 @@ def bundle(
     guard_command(
         inputs=[*list_run_files(source), *list_data_files(source), inputs], outputs=[json]
     )
-    samples = None if inputs is None else _load_inputs(inputs)
+    samples = None if inputs is None else load_arrays(inputs)
     report = make_bundle(
         source, output, inputs=samples, count=pairs, with_float=with_float, archive=archive
     )
@@ -65,18 +59,3 @@ def bundle(
     if json is not None:
         write_json(json, report)
     return 0
-
-
-def _load_inputs(path: Path) -> dict[str, Array]:
-    """The arrays of an `.npz` file.
-
-    Raises:
-        DataError: It cannot be read, or is another kind of file.
-    """
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"cannot read {path} as .npz: {error}.", _FIX) from error

@@ -61,6 +61,7 @@ _LOST_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
 def make_app() -> cyclopts.App:
     """The app with all subcommands; each of them imports its stage when it is called."""
     from qdq.cli import calibrate
+    from qdq.cli.bisect import bisect
     from qdq.cli.build import build
     from qdq.cli.bundle import bundle
     from qdq.cli.check import check
@@ -90,6 +91,7 @@ def make_app() -> cyclopts.App:
         "bundle": bundle,
         "eval": evaluate_files,
         "diverge": diverge,
+        "bisect": bisect,
         "report": report,
         "explain": explain,
         "gate": gate,

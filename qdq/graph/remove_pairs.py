@@ -1,6 +1,8 @@
-"""Remove all Q/DQ: the float network of a quantized file, with the rounded weights."""
+"""Remove Q/DQ: of all pairs, the float network of a quantized file with the rounded weights remains."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +22,17 @@ class RemovePairs(ir.passes.InPlacePass):
     The network has the layers and the shapes of the quantized one, so its engine takes the time of the float model. Its
     weights are those of the file, rounded to int8: the numbers are close to those of the float model, not equal.
 
+    Args:
+        names: Names of the only DQ to remove; None for all.
+
     Raises:
         ExportError: A Q or DQ has other operators between it and its partner, or its scale is computed. The model may
             be changed then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] | None = None) -> None:
         super().__init__()
+        self._names = names
         self.removed_q = 0
         self.removed_dq = 0
 
@@ -36,7 +42,7 @@ class RemovePairs(ir.passes.InPlacePass):
         self.removed_dq = 0
         graph = model.graph
         for node in list(graph):
-            if is_op(node, "DequantizeLinear"):
+            if self._is_removed(node):
                 self._replace(graph, node)
         for node in reversed(list(graph)):
             if is_op(node, "QuantizeLinear") and remove_if_unread(node):
@@ -44,13 +50,19 @@ class RemovePairs(ir.passes.InPlacePass):
         for value in list(graph.initializers.values()):
             remove_if_unused(value)
 
-        remaining = [node.name or node.op_type for node in graph if is_op(node, *QDQ_OPS)]
+        remaining = [node.name or node.op_type for node in graph if self._is_removed(node)]
+        if self._names is None:
+            remaining = [node.name or node.op_type for node in graph if is_op(node, *QDQ_OPS)]
         if remaining:
             raise ExportError(
                 f"{len(remaining)} Q/DQ cannot be removed: {list_names(remaining, 5)}.",
                 "place Q and DQ next to each other, with constant scales.",
             )
         return ir.passes.PassResult(model, modified=bool(self.removed_dq))
+
+    def _is_removed(self, node: ir.Node) -> bool:
+        is_named = self._names is None or node.name in self._names
+        return is_named and is_op(node, "DequantizeLinear")
 
     def _replace(self, graph: ir.Graph, dequantize: ir.Node) -> None:
         """Let the readers of a DQ read the value before its Q, or the dequantized constant."""
@@ -100,7 +112,7 @@ def _dequantize(node: ir.Node) -> npt.NDArray[np.floating] | None:
     if codes is None or scale is None:
         return None
     zero_point = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
-    offset = np.zeros_like(codes) if zero_point is None else zero_point
+    offset = np.zeros((), codes.dtype) if zero_point is None else zero_point
     if scale.size > 1:
         attribute = node.attributes.get("axis")
         axis = 1 if attribute is None else attribute.as_int()

@@ -96,3 +96,12 @@ def test_what_cannot_be_removed_is_named(text):
     onnx.checker.check_model(
         onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 19]> {text}')
     )
+
+
+def test_some_pairs_and_a_weight_without_zero_point():
+    text = QUANTIZED.replace("(w, ws, wz)", "(w, ws)").replace("wd =", "[wd] wd =")
+    expected = compute(read(text))["y"]
+    model = read(text)
+    run_passes(model, [RemovePairs(["wd"])])
+    assert sorted(ops(model)) == ["Conv", "DequantizeLinear", "DequantizeLinear", "QuantizeLinear"]
+    assert compute(model)["y"] == pytest.approx(expected, abs=1e-6)
