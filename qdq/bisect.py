@@ -181,12 +181,12 @@ class _Search:
         self._path = path
         self._bar = bar
 
-    def explain(self, kept: Sequence[_Pair]) -> str:
-        """What is wrong with the file that keeps some pairs; "" if nothing is."""
+    def explain(self, pairs: Sequence[_Pair]) -> str:
+        """What is wrong with the file that has only some pairs; "" if nothing is."""
         copy = self._model.clone()
         removed: list[str] = []
         for pair in self._pairs:
-            if pair not in kept:
+            if pair not in pairs:
                 removed += pair.dequantizes
         run_passes(copy, [RemovePairs(removed)])
         save_model(copy, self._path)
@@ -216,9 +216,9 @@ class _Search:
         passing, failing = 0, len(pairs)
         while failing - passing > 1:
             middle = (passing + failing) // 2
-            found = self.explain(pairs[:middle])
-            if found:
-                failing, reason = middle, found
+            middle_reason = self.explain(pairs[:middle])
+            if middle_reason:
+                failing, reason = middle, middle_reason
             else:
                 passing = middle
         return failing - 1, reason

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from torch import nn
 from tqdm import tqdm
 
 from qdq.batch import list_filled_batches
+from qdq.build import has_type
 from qdq.check.load import load_onnx, require_whole
+from qdq.check.parity import FLOAT_ROUNDING
 from qdq.diverge.causes import explain_values, find_causes
-from qdq.diverge.compare import Comparison
+from qdq.diverge.compare import BFLOAT16_ROUNDING, ENGINE_ROUNDING, Comparison
 from qdq.diverge.dumps import read_dumps
 from qdq.diverge.file_run import FileRun
 from qdq.diverge.places import find_places
@@ -73,7 +76,8 @@ def find_divergence(
                 f"no quantizer of the model has its name in {printable(path)}.",
                 "give the file that export_onnx wrote for this model.",
             )
-        comparison = Comparison(model, file, tensors if dumps is not None else None)
+        rounding = _choose_rounding(loaded.model, is_engine=dumps is not None)
+        comparison = Comparison(model, file, None if dumps is None else tensors, rounding)
         for batch in tqdm(batches, desc="diverge", unit="batch", disable=None):
             comparison.add(batch)
         rows = comparison.conclude()
@@ -96,3 +100,12 @@ def find_divergence(
         *find_causes(model, loaded.model, batches[0], site),
     ]
     return replace(result, causes=tuple(causes))
+
+
+def _choose_rounding(model: ir.Model, *, is_engine: bool) -> float:
+    """What the types of a file, or an engine, may leave as a fraction of the largest value of a tensor."""
+    if has_type(model, ir.DataType.BFLOAT16):
+        return BFLOAT16_ROUNDING
+    if is_engine or has_type(model, ir.DataType.FLOAT16):
+        return ENGINE_ROUNDING
+    return FLOAT_ROUNDING

@@ -25,12 +25,12 @@ _EQUAL = 1e-6  # relative
 _STRAIGHT = 1e-3  # relative deviation from a multiple
 
 
-def find_causes(model: nn.Module, found: ir.Model, batch: Any, site: Site) -> list[str]:
+def find_causes(model: nn.Module, actual: ir.Model, batch: Any, site: Site) -> list[str]:
     """Compare the nodes that compute a tensor with those that a fresh export writes.
 
     Args:
         model: The torch model.
-        found: The graph of the file.
+        actual: The graph of the file.
         batch: An example for the export.
         site: The tensor.
 
@@ -38,18 +38,18 @@ def find_causes(model: nn.Module, found: ir.Model, batch: Any, site: Site) -> li
         As for `compare_graphs`, or why it is not known.
     """
     try:
-        expected = _export_again(model, found, batch)
+        expected = _export_again(model, actual, batch)
     except QdqError as error:
         return [f"not known: the model cannot be exported again to compare: {error.message}"]
-    return compare_graphs(expected, found, site)
+    return compare_graphs(expected, actual, site)
 
 
-def compare_graphs(expected: ir.Model, found: ir.Model, site: Site) -> list[str]:
+def compare_graphs(expected: ir.Model, actual: ir.Model, site: Site) -> list[str]:
     """The differences between the nodes that compute a tensor in two graphs.
 
     Args:
         expected: A fresh export.
-        found: The file.
+        actual: The file.
         site: The tensor.
 
     Returns:
@@ -58,12 +58,12 @@ def compare_graphs(expected: ir.Model, found: ir.Model, site: Site) -> list[str]
     quantizers = {site.name} if site.kind == "quantizer" else set()
     layers = {site.name} if site.kind == "layer" else set()
     places = []
-    for graph in (expected, found):
+    for graph in (expected, actual):
         places.append(find_places(graph, quantizers, layers, add_outputs=False))
-    expected_node, found_node = (place.nodes.get(site) for place in places)
-    if expected_node is None or found_node is None:
+    expected_node, actual_node = (place.nodes.get(site) for place in places)
+    if expected_node is None or actual_node is None:
         return ["a fresh export has no such tensor: the file is of another model or version"]
-    differences = list(_compare_nodes(expected_node, found_node))
+    differences = list(_compare_nodes(expected_node, actual_node))
     if differences:
         return differences
     return [
@@ -71,23 +71,23 @@ def compare_graphs(expected: ir.Model, found: ir.Model, site: Site) -> list[str]
     ]
 
 
-def _export_again(model: nn.Module, found: ir.Model, batch: Any) -> ir.Model:
+def _export_again(model: nn.Module, actual: ir.Model, batch: Any) -> ir.Model:
     """The graph that the model gives with the options of the file."""
-    types = {value.dtype for node in found.graph for value in node.outputs}
+    types = {value.dtype for node in actual.graph for value in node.outputs}
     precision = "fp32"
     if ir.DataType.FLOAT16 in types:
         precision = "fp16"
     elif ir.DataType.BFLOAT16 in types:
         precision = "bf16"
-    sizes = [value.shape[0] for value in found.graph.inputs if value.shape]
+    sizes = [value.shape[0] for value in actual.graph.inputs if value.shape]
     with tempfile.TemporaryDirectory(prefix="qdq-") as folder:
         report = export_onnx(
             model,
             batch,
             Path(folder) / "model.onnx",
-            opset=found.opset_imports.get("", 0),
+            opset=actual.opset_imports.get("", 0),
             dynamic_batch=not all(isinstance(size, int) for size in sizes),
-            weights="float" if _has_float_weights(found) else "int8",
+            weights="float" if _has_float_weights(actual) else "int8",
             precision=precision,
         )
         loaded = ir.load(report.path)
@@ -101,25 +101,27 @@ def _has_float_weights(model: ir.Model) -> bool:
     return any(constant_of(node.inputs[0]) is not None for node in quantize_nodes)
 
 
-def _compare_nodes(expected: ir.Node, found: ir.Node) -> Iterator[str]:
+def _compare_nodes(expected: ir.Node, actual: ir.Node) -> Iterator[str]:
     """The differences of two nodes and of the nodes before them, up to the activations that were quantized before."""
-    expected_nodes, found_nodes = _list_segment(expected), _list_segment(found)
-    missing = [name for name in expected_nodes if name not in found_nodes]
-    added = [name for name in found_nodes if name not in expected_nodes]
+    expected_nodes, actual_nodes = _list_segment(expected), _list_segment(actual)
+    missing = [name for name in expected_nodes if name not in actual_nodes]
+    added = [name for name in actual_nodes if name not in expected_nodes]
     if missing:
         yield f"{list_names(missing, _MOST_NAMES)} of a fresh export is missing"
     if added:
         yield f"{list_names(added, _MOST_NAMES)} is not in a fresh export"
-    known = {*missing, *added}
-    for name, node in found_nodes.items():
+    unpaired = {*missing, *added}
+    for name, node in actual_nodes.items():
         if name in expected_nodes:
-            yield from _compare_node(expected_nodes[name], node, known)
+            yield from _compare_node(expected_nodes[name], node, unpaired)
 
 
 def _list_segment(last: ir.Node) -> dict[str, ir.Node]:
-    """A node and those before it by name, nearest first; a DQ of an activation ends the search."""
+    """A node and those before it by name, nearest first; a DQ of an activation ends the search. A Q has its DQ, too."""
     segment: dict[str, ir.Node] = {}
     nodes = [last]
+    if is_op(last, "QuantizeLinear"):
+        nodes += [reader for reader, _ in last.outputs[0].uses()]
     while nodes:
         node = nodes.pop(0)
         if str(node.name) in segment:
@@ -134,45 +136,45 @@ def _list_segment(last: ir.Node) -> dict[str, ir.Node]:
     return segment
 
 
-def _compare_node(expected: ir.Node, found: ir.Node, known: Set[str]) -> Iterator[str]:
+def _compare_node(expected: ir.Node, actual: ir.Node, unpaired: Set[str]) -> Iterator[str]:
     """The differences of two nodes of one name: attributes, constants and where the inputs come from.
 
     Args:
         expected: The node of a fresh export.
-        found: The node of the file.
-        known: Names of nodes that only one of the two graphs has.
+        actual: The node of the file.
+        unpaired: Names of nodes that only one of the two graphs has.
     """
-    name = found.name
-    if expected.op_type != found.op_type:
-        yield f"{name} is {found.op_type}, a fresh export has {expected.op_type}"
+    name = actual.name
+    if expected.op_type != actual.op_type:
+        yield f"{name} is {actual.op_type}, a fresh export has {expected.op_type}"
         return
-    for key in sorted({*expected.attributes, *found.attributes}):
-        values = [_read_attribute(node, key) for node in (expected, found)]
+    for key in sorted({*expected.attributes, *actual.attributes}):
+        values = [_read_attribute(node, key) for node in (expected, actual)]
         if values[0] != values[1]:
             yield f"{name} has {key} {values[1]}, a fresh export has {values[0]}"
-    sources = [list(map(_name_source, node.inputs)) for node in (expected, found)]
+    sources = [list(map(_name_source, node.inputs)) for node in (expected, actual)]
     if sources[0] != sources[1] and sorted(sources[0]) == sorted(sources[1]):
         yield f"the inputs of {name} are in another order: {sources[1]}, a fresh export has {sources[0]}"
         return
-    if len(found.inputs) < len(expected.inputs):
-        yield f"{name} has {len(found.inputs)} inputs, a fresh export has {len(expected.inputs)}: a bias is missing"
-    for position, (first, second) in enumerate(zip(expected.inputs, found.inputs, strict=False)):
-        if known.isdisjoint((sources[0][position], sources[1][position])):
+    if len(actual.inputs) < len(expected.inputs):
+        yield f"{name} has {len(actual.inputs)} inputs, a fresh export has {len(expected.inputs)}: a bias is missing"
+    for position, (first, second) in enumerate(zip(expected.inputs, actual.inputs, strict=False)):
+        if unpaired.isdisjoint((sources[0][position], sources[1][position])):
             yield from _compare_inputs(name, position, first, second)
 
 
 def _compare_inputs(
-    name: str | None, position: int, expected: ir.Value | None, found: ir.Value | None
+    name: str | None, position: int, expected: ir.Value | None, actual: ir.Value | None
 ) -> Iterator[str]:
     """The difference of two inputs at the same position of a node."""
-    arrays = [constant_of(value) for value in (expected, found)]
+    arrays = [constant_of(value) for value in (expected, actual)]
     if arrays[0] is not None and arrays[1] is not None:
         difference = compare_constants(arrays[0], arrays[1])
         if difference:
-            label = None if found is None else found.name
+            label = None if actual is None else actual.name
             yield f"{label} of {name} {difference}"
         return
-    sources = _name_source(expected), _name_source(found)
+    sources = _name_source(expected), _name_source(actual)
     if sources[0] != sources[1]:
         yield f"input {position} of {name} comes from {sources[1]}, in a fresh export from {sources[0]}"
 
@@ -196,16 +198,16 @@ def _read_attribute(node: ir.Node, key: str) -> Any:
     return attribute.value
 
 
-def compare_constants(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> str:
+def compare_constants(expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> str:
     """The difference of two arrays in words; "" if they are equal.
 
     Args:
         expected: Of a fresh export.
-        found: Of the file.
+        actual: Of the file.
     """
-    if expected.shape != found.shape:
-        return f"has shape {list(found.shape)}, a fresh export has {list(expected.shape)}"
-    first, second = expected.astype(np.float64), found.astype(np.float64)
+    if expected.shape != actual.shape:
+        return f"has shape {list(actual.shape)}, a fresh export has {list(expected.shape)}"
+    first, second = expected.astype(np.float64), actual.astype(np.float64)
     if np.allclose(first, second, rtol=_EQUAL, atol=0):
         return ""
     if not second.any():
@@ -223,27 +225,27 @@ def compare_constants(expected: npt.NDArray[Any], found: npt.NDArray[Any]) -> st
     return f"differs in {differing} of {first.size} values, by at most {largest:.3g}"
 
 
-def _describe_ratio(expected: Array, found: Array) -> str:
+def _describe_ratio(expected: Array, actual: Array) -> str:
     if not expected.item():
         return ""
-    return f" ({found.item() / expected.item():.4g} times)"
+    return f" ({actual.item() / expected.item():.4g} times)"
 
 
-def _find_reordering(expected: Array, found: Array) -> str:
+def _find_reordering(expected: Array, actual: Array) -> str:
     """How the same numbers are in another order; "" if they are not."""
-    if not np.array_equal(np.sort(expected.ravel()), np.sort(found.ravel())):
+    if not np.array_equal(np.sort(expected.ravel()), np.sort(actual.ravel())):
         return ""
     is_square = expected.ndim > 1 and expected.shape[0] == expected.shape[1]
-    if is_square and np.array_equal(expected.swapaxes(0, 1), found):
+    if is_square and np.array_equal(expected.swapaxes(0, 1), actual):
         return "is transposed"
-    if expected.ndim > 3 and np.array_equal(expected.swapaxes(-1, -2), found):
+    if expected.ndim > 3 and np.array_equal(expected.swapaxes(-1, -2), actual):
         return "has its last two axes swapped"
     return "has the same values in another order"
 
 
-def _find_factors(expected: Array, found: Array) -> str | None:
+def _find_factors(expected: Array, actual: Array) -> str | None:
     """By which factors one array is the other; None if it is not a multiple along its first axis."""
-    rows, others = expected.reshape(len(expected), -1), found.reshape(len(expected), -1)
+    rows, others = expected.reshape(len(expected), -1), actual.reshape(len(expected), -1)
     norms = np.sum(rows**2, axis=1)
     if not norms.all():
         return None
@@ -260,25 +262,25 @@ def _find_factors(expected: Array, found: Array) -> str | None:
     )
 
 
-def explain_values(expected: Array, found: Array) -> list[str]:
+def explain_values(expected: Array, actual: Array) -> list[str]:
     """How a tensor differs from what torch computes from the same codes, in words.
 
     Args:
         expected: Of torch.
-        found: Of the file.
+        actual: Of the file.
     """
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         return []
-    expected, found = expected.astype(np.float64), found.astype(np.float64)
-    if not np.isfinite(found).all() and np.isfinite(expected).all():
+    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+    if not np.isfinite(actual).all() and np.isfinite(expected).all():
         return ["it has NaN or infinite values, torch has none"]
-    if not found.any() and expected.any():
+    if not actual.any() and expected.any():
         return ["it is all zero"]
     tolerance = _STRAIGHT * float(np.nan_to_num(np.abs(expected)).max(initial=0.0))
     texts = []
-    if expected.min() >= 0 and found.min() < -tolerance:
+    if expected.min() >= 0 and actual.min() < -tolerance:
         texts.append("it has negative values and torch has none, as without a ReLU")
-    differing = np.abs(expected - found) > tolerance
+    differing = np.abs(expected - actual) > tolerance
     if expected.ndim > 1 and differing.any():
         channels = np.moveaxis(differing, 1, 0).reshape(differing.shape[1], -1).any(axis=1)
         if channels.sum() < channels.size:

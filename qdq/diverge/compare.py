@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from qdq.check.parity import FLOAT_ROUNDING
 from qdq.diverge.distances import (
     Grid,
     grid_of_values,
@@ -30,6 +29,9 @@ from qdq.quantizer import TensorQuantizer
 
 ENGINE_ROUNDING = 2.0**-8
 """What the arithmetic of an engine may leave, as a fraction of the largest value: eight roundings to float16."""
+
+BFLOAT16_ROUNDING = 2.0**-5
+"""Likewise eight roundings to bfloat16."""
 
 _LEAST_NEAR_TIE = 2e-3  # LSB
 _PERCENTILE_OF_DUMPS = (
@@ -76,17 +78,24 @@ class Comparison:
         model: The torch model.
         file: The file, or the engine.
         dumps: The tensors that are known of the engine; None: all are known.
+        rounding: What arithmetic alone may leave, as a fraction of the largest value of a tensor.
 
     Attributes:
         last: The tensors of the last batch.
     """
 
-    def __init__(self, model: nn.Module, file: FileRun, dumps: Mapping[str, Array] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        file: FileRun,
+        dumps: Mapping[str, Array] | None,
+        rounding: float,
+    ) -> None:
         self.last = Last()
         self._model = model
         self._file = file
         self._dumps = dumps
-        self._rounding = FLOAT_ROUNDING if dumps is None else ENGINE_ROUNDING
+        self._rounding = rounding
         self._percentile = 100 if dumps is None else _PERCENTILE_OF_DUMPS
         self._sums: dict[Site, _Sums] = {}
 
@@ -227,16 +236,43 @@ class _Pins:
     def _find_view(self, inputs: torch.Tensor, amax: torch.Tensor | None) -> torch.Tensor | None:
         """The codes of a tensor that an earlier quantizer with the same range read: the file has one pair for both."""
         for former, pinned, former_amax in reversed(self._pinned):
-            is_same_memory = (
-                former.untyped_storage().data_ptr() == inputs.untyped_storage().data_ptr()
-            )
-            if not is_same_memory or not former.is_contiguous() or not _is_equal(amax, former_amax):
+            if not _is_equal(amax, former_amax):
                 continue
-            offset = inputs.storage_offset() - former.storage_offset()
-            if offset < 0:
-                continue
-            return pinned.contiguous().as_strided(inputs.size(), inputs.stride(), offset).clone()
+            if former.shape == inputs.shape and torch.equal(former, inputs):
+                return pinned
+            view = _view_alike(former, inputs, pinned)
+            if view is not None:
+                return view
         return None
+
+
+def _view_alike(
+    former: torch.Tensor, view: torch.Tensor, pinned: torch.Tensor
+) -> torch.Tensor | None:
+    """The view of a tensor, of other values; None if it is no view of it.
+
+    Args:
+        former: The tensor.
+        view: Perhaps a view of it, such as its transpose or a slice.
+        pinned: The values, of the shape of the tensor.
+    """
+    if former.untyped_storage().data_ptr() != view.untyped_storage().data_ptr():
+        return None
+    offset = view.storage_offset() - former.storage_offset()
+    is_dense = _count_span(former) == former.numel()
+    if not is_dense or offset < 0 or offset + _count_span(view) > former.numel():
+        return None
+    arranged = torch.empty_strided(
+        former.size(), former.stride(), dtype=pinned.dtype, device=pinned.device
+    )
+    arranged.copy_(pinned)
+    return arranged.as_strided(view.size(), view.stride(), offset).clone()
+
+
+def _count_span(tensor: torch.Tensor) -> int:
+    """Number of elements from the first to the last one in memory."""
+    steps = zip(tensor.size(), tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
 
 
 def _is_equal(amax: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -126,15 +126,10 @@ def list_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
 
 
 def list_layers(model: nn.Module) -> Mapping[str, nn.Module]:
-    """The modules that hold parameters and call no other layer, by name."""
+    """The modules that hold parameters, and whose children hold none, by name."""
     layers = {}
     for name, module in model.named_modules():
-        has_parameters = next(module.parameters(recurse=False), None) is not None
-        if name and has_parameters and not _has_layers(module):
+        parameters = set(module.parameters(recurse=False))
+        if name and parameters and parameters == set(module.parameters()):
             layers[name] = module
     return layers
-
-
-def _has_layers(module: nn.Module) -> bool:
-    """Whether a module has children other than quantizers."""
-    return any(not isinstance(child, TensorQuantizer) for child in module.children())

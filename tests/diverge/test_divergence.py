@@ -10,6 +10,7 @@ from torch import nn
 
 import qdq
 from qdq.diverge.causes import compare_constants, compare_graphs, explain_values
+from qdq.diverge.compare import _view_alike
 from qdq.diverge.record import Site
 from qdq.errors import ArgumentError, DataError
 
@@ -58,6 +59,11 @@ def scale_pair(graph):
             set_constant(graph, node, 1, 2 * node.inputs[1].const_value.numpy())
 
 
+def scale_dequantize(graph):
+    node = find_node(graph, "head._input_quantizer/DequantizeLinear")
+    set_constant(graph, node, 1, np.float32(0.5) * node.inputs[1].const_value.numpy())
+
+
 def remove_relu(graph):
     node = find_node(graph, "/Relu")
     node.outputs[0].replace_all_uses_with(node.inputs[0])
@@ -76,6 +82,7 @@ def shift_pads(graph):
 # Fault -> tensor kind and name that must be first, and what a cause must say.
 FAULTS = {
     scale_pair: ("quantizer", "head._input_quantizer", "(2 times)"),
+    scale_dequantize: ("quantizer", "head._input_quantizer", "(0.5 times)"),
     remove_relu: ("quantizer", "left._input_quantizer", "as without a ReLU"),
     turn_weight: ("layer", "left", "is transposed"),
     shift_pads: ("layer", "stem", "has pads [0, 0, 2, 2], a fresh export has [1, 1, 1, 1]"),
@@ -99,7 +106,15 @@ def test_a_clean_file_has_no_tensor_beyond_its_tie_floor(exported):
         assert tensor.excess_lsb < 0.1 * tensor.limit_lsb
 
 
-@pytest.mark.parametrize("fault", [scale_pair, turn_weight])
+def test_a_file_in_float16_is_clean(exported, tmp_path):
+    model, batches, _ = exported
+    path = qdq.export_onnx(model, batches[0], tmp_path / "half.onnx", precision="fp16").path
+    result = qdq.find_divergence(model, path, batches[:1])
+    assert result.first is None
+    assert max(tensor.excess_lsb for tensor in result.tensors) > 0.0127  # the limit of float32
+
+
+@pytest.mark.parametrize("fault", [scale_dequantize, turn_weight])
 def test_a_fault_is_the_first(exported, fault, tmp_path):
     model, batches, onnx = exported
     result = qdq.find_divergence(model, write_faulty(onnx, fault, tmp_path), batches[:1])
@@ -179,7 +194,7 @@ def list_codes(onnx):
     return pairs
 
 
-@pytest.mark.parametrize("positions", [(0,), (1,), (0, 1)], ids=["inputs of Q", "codes", "both"])
+@pytest.mark.parametrize("positions", [(0,), (0, 1)], ids=["inputs of Q", "both"])
 def test_dumps_of_an_engine(exported, positions, tmp_path):
     model, batches, onnx = exported
     names = [pair[position] for position in positions for pair in list_codes(onnx)]
@@ -237,6 +252,35 @@ def test_differences_of_constants(change, text):
     weight = np.random.default_rng(0).normal(size=(3, 3))
     assert compare_constants(weight, change(weight)).startswith(text)
     assert bool(text) == bool(compare_constants(weight, change(weight)))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.view(2, -1),
+        lambda x: x.transpose(1, 3),
+        lambda x: x[:, 1:, ::2],
+        lambda x: x.to(memory_format=torch.contiguous_format),
+    ],
+)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_a_view_of_a_tensor_gets_its_codes(look, form):
+    """As when a quantizer reads a tensor that another one with the same range has read before."""
+    tensor = torch.randn(2, 4, 6, 5).to(memory_format=form)
+    codes = tensor.round()
+    if look(torch.zeros(1, 4, 6, 5)).dim() == 2 and form is torch.channels_last:
+        return  # torch has no such view
+    view = look(tensor)
+    copied = _view_alike(tensor, view, codes.contiguous())
+    if view.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+        assert torch.equal(copied, look(codes))
+    else:
+        assert copied is None
+
+
+def test_a_tensor_beside_a_slice_is_no_view_of_it():
+    halves = torch.randn(2, 4, 6).chunk(2, dim=1)
+    assert _view_alike(halves[0], halves[1], halves[0].round()) is None
 
 
 def test_differences_of_values():
