@@ -2,8 +2,8 @@
 
 torch names each node after the modules around it, as far as it has seen them. These names are wrong or missing where a
 forward is set on the instance, where a region switches autocast or gradients, or where the model is a
-`torch.fx.GraphModule`. So each quantizer has a unique range, its mark, while the model is captured. The scale of a Q
-then identifies its quantizer, whatever the exporter does to the graph.
+`torch.fx.GraphModule`. So each quantizer has a unique scale, its mark, while the model is captured (`qdq.marks`). The
+scale of a Q then identifies its quantizer, whatever the exporter does to the graph.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from qdq.detector import is_detector
 from qdq.dynamic import Dimensions, Dynamic, change_sizes, name_dimensions, repeat_single
 from qdq.errors import ExportError
 from qdq.forward import evaluating, make_identifiers, name_leaves, unwrap_compiled
+from qdq.graph.expand_marks import ExpandMarks
 from qdq.graph.names import QuantizerScale
+from qdq.marks import TRANSLATIONS, Mark, marked
 from qdq.outputs import name_other_outputs, name_outputs
 from qdq.quantize import compute_scale
-from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.text import list_names
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,6 @@ _CONSTANTS = (
     | torch.memory_format
     | enum.Enum
 )
-# Not the range of any real tensor; its product with a 17-bit number and 127 is exact in float32.
-_MARK_UNIT = 2.0**60
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _MOST_OF_AN_ERROR = 400  # characters
 
@@ -111,11 +110,12 @@ def capture_graph(
     call.tensors = repeat_single(call.tensors, dimensions)
     with (
         forgetting_calls(model, _list_other_calls(call, dimensions)) as list_changed,
-        _marked(model) as marks,
+        marked(model) as marks,
     ):
         program = _run_export(model, call, opset, dimensions, list_changed)
     if program is None:
         raise ExportError("torch.onnx.export returned nothing.", "update torch to 2.11 or newer.")
+    ExpandMarks()(program.model)
     left_out = ", ".join(call.left_out)
     if not program.model.graph.outputs:
         raise ExportError(
@@ -213,6 +213,7 @@ def _run_export(
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=dynamic_shapes,
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except Exception as error:  # torch raises many types here
@@ -292,50 +293,7 @@ def _inference_as_made(model: nn.Module) -> torch.inference_mode:
     return torch.inference_mode(is_made_there or torch.is_inference_mode_enabled())
 
 
-class _Mark:
-    """A range that identifies a quantizer; it replaces `TensorQuantizer._range_for` while a model is captured.
-
-    Args:
-        name: Dotted name of the quantizer.
-        quantizer: The quantizer.
-        number: From 1, unique in the model.
-
-    Attributes:
-        scale: The scale that follows from the range.
-        has_run: Whether the quantizer has asked for its range.
-    """
-
-    def __init__(self, name: str, quantizer: TensorQuantizer, number: int) -> None:
-        self.name = name
-        self.quantizer = quantizer
-        self.scale = number * _MARK_UNIT
-        self.has_run = False
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.has_run = True
-        amax = self.quantizer.amax
-        shape = () if amax is None else amax.shape
-        mark = self.scale * self.quantizer.format.qmax
-        return torch.full(shape, mark, dtype=torch.float32, device=inputs.device)
-
-
-@contextmanager
-def _marked(model: nn.Module) -> Iterator[list[_Mark]]:
-    """Give each enabled quantizer a range that identifies it."""
-    marks: list[_Mark] = []
-    for name, quantizer in named_quantizers(model):
-        if quantizer.is_enabled:
-            marks.append(_Mark(name, quantizer, number=len(marks) + 1))
-    try:
-        for mark in marks:
-            vars(mark.quantizer)["_range_for"] = mark
-        yield marks
-    finally:
-        for mark in marks:
-            vars(mark.quantizer).pop("_range_for", None)
-
-
-def _scale_of(mark: _Mark) -> QuantizerScale:
+def _scale_of(mark: Mark) -> QuantizerScale:
     """The true scale of the quantizer that has this mark."""
     amax = mark.quantizer.amax
     assert amax is not None  # noqa: S101  # export_onnx has checked

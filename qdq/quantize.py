@@ -90,7 +90,7 @@ def fake_quantize(
         ArgumentError: `axis` or the size of `amax` does not fit `inputs`.
     """
     fmt = fmt or Format()
-    axis = _resolve_axis(inputs, amax, axis)
+    axis = resolve_axis(inputs, amax, axis)
     scale = compute_scale(amax, fmt)
     scale = scale.reshape(()) if axis is None else scale.flatten()
     result = _fake_quantize_float32(inputs.float(), scale, fmt, axis, range_rule)
@@ -160,8 +160,17 @@ def from_log2(log2_amax: torch.Tensor) -> torch.Tensor:
     return log2_amax.clamp_min(math.log2(AMAX_FLOOR)).exp2()
 
 
-def _resolve_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int | None) -> int | None:
-    """The axis of the ranges, counted from the front; None for one range."""
+def resolve_axis(inputs: torch.Tensor, amax: torch.Tensor, axis: int | None) -> int | None:
+    """The axis of the ranges, counted from the front; None for one range.
+
+    Args:
+        inputs: The tensor to quantize.
+        amax: Its ranges.
+        axis: The axis that they belong to, see `find_range_axis`.
+
+    Raises:
+        ArgumentError: The ranges do not fit the tensor.
+    """
     if amax.dim() == inputs.dim():
         axis = find_range_axis(amax, axis)
     if axis is None:

@@ -568,6 +568,9 @@ class TensorQuantizer(nn.Module):
             self._collect(inputs, self._calibrator)
         if not self._if_quant:
             return inputs
+        return self._quantize(inputs)
+
+    def _quantize(self, inputs: torch.Tensor) -> torch.Tensor:
         amax = self._range_for(inputs)
         range_rule = self._range_rule or RANGE_RULES[0]
         return fake_quantize(inputs, amax, self.format, self._axis, range_rule=range_rule)
