@@ -103,7 +103,8 @@ def analyze_layers(
         pinned: Layer, or pattern of layers -> "int8" or "float": already decided, so neither ranked nor changed. Or the
             plan of an earlier analysis. An exact name takes precedence over patterns.
         confirm: Rank by an estimate, which costs one to two evaluations, and measure only this many units exactly.
-            None measures all.
+            None measures all of fewer than 200 units; from 200 units on it measures 32, or twice `max_float_layers`
+            if that is more, as the time of the exact analysis grows with their square.
         target_sqnr: Stop when the SQNR reaches this many dB.
         target_metric: Stop when the metric reaches this value.
         target_drop: Stop when the metric is at most this much worse than that of the float model.

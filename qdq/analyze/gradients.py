@@ -17,12 +17,18 @@ def require_gradients(model: nn.Module) -> None:
     Raises:
         StateError: In `torch.inference_mode`, or for a model that was created there.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
+    if not has_gradients(model):
         raise StateError(
             "confirm needs gradients, and torch.inference_mode has none.",
             "create and analyze the model outside of it, or omit confirm.",
         )
+
+
+def has_gradients(model: nn.Module) -> bool:
+    """Whether autograd works: not in `torch.inference_mode`, nor for a model that was created there."""
+    tensors = [*model.parameters(), *model.buffers()]
+    is_made_without = any(tensor.is_inference() for tensor in tensors)
+    return not (is_made_without or torch.is_inference_mode_enabled())
 
 
 @contextmanager

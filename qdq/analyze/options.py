@@ -25,6 +25,13 @@ DEFAULT_FLOAT_SHARE = 0.1
 A fraction of all MACs would leave nothing in int8 where most of the work is in float anyway.
 """
 
+SCREENED_FROM = 200
+"""Units from which on only those are measured that an estimate puts first, unless `confirm` says how many.
+
+The time of the exact analysis grows with the square of the units, that of the estimate with their number.
+"""
+_MEASURED_WHEN_SCREENED = 32
+
 
 @dataclass(frozen=True)
 class ChosenMetric:
@@ -104,6 +111,19 @@ class Options:
         if self.max_float_share is not None:
             return self.max_float_share
         return initial + DEFAULT_FLOAT_SHARE * (1 - initial)
+
+    def limit_measured(self, num_units: int, *, has_gradients: bool) -> int | None:
+        """How many units are measured exactly; None for all of them.
+
+        Args:
+            num_units: The units to rank.
+            has_gradients: Whether the estimate, which needs them, is possible.
+        """
+        if self.confirm is not None:
+            return self.confirm
+        if num_units < SCREENED_FROM or not has_gradients:
+            return None
+        return max(_MEASURED_WHEN_SCREENED, 2 * self.max_float_layers)
 
     @property
     def chosen_metric(self) -> ChosenMetric:

@@ -214,6 +214,7 @@ class Analysis:
             lines.append(_format_row(layer.name, width, layer.sqnr_db, layer.metric, share))
         if len(self.layers) > rows:
             lines.append(f"... and {len(self.layers) - rows} less sensitive ones")
+        lines += self._format_estimated()
         if self.unmeasured:
             names = ", ".join(self.unmeasured)
             lines.append(f"not measured, the budget was used up: {names}")
@@ -230,6 +231,16 @@ class Analysis:
         lines.append(f"stopped: {self.stopped_by}")
         lines += self._format_front()
         return "\n".join(lines)
+
+    def _format_estimated(self) -> list[str]:
+        """How many units were only estimated."""
+        num_estimated = sum(not unit.is_exact for unit in self.layers)
+        if not num_estimated:
+            return []
+        total = len(self.layers)
+        return [
+            f"{num_estimated} of {total} are estimated, not measured; confirm={total} measures all"
+        ]
 
     def _format_outputs(
         self, shown: Sequence[LayerSensitivity], start: str, width: int

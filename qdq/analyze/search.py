@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from qdq.analyze.cost import LayerCost, SwitchCost
+from qdq.analyze.gradients import has_gradients
 from qdq.analyze.options import Options
 from qdq.analyze.probe import Probe, Value
 from qdq.analyze.result import Analysis, LayerSensitivity, MixedPoint, Step
@@ -64,6 +65,7 @@ class Search:
         self._probe = probe
         self._units = {unit.name: unit for unit in units}
         self._options = options
+        self._num_measured = options.limit_measured(len(units), has_gradients=has_gradients(model))
         self._costs = _UnitCosts(units, costs, times, pinned)
         self._metric = probe.metric
         self._sign = probe.metric.sign
@@ -123,7 +125,7 @@ class Search:
         self._factors = share_noise(self._metric.outputs, int8.rows, self._probe.weights)
         energies = self._screen(self._units) if self._is_screened(self._units) else {}
         by_energy = sorted(self._units, key=lambda name: -energies.get(name, 0.0))
-        alone = self._measure_alone(set(by_energy[: self._options.confirm]))
+        alone = self._measure_alone(set(by_energy[: self._num_measured]))
 
         int8 = self._probe.cut(int8)  # there may have been no time for some batches
 
@@ -151,7 +153,7 @@ class Search:
 
     def _is_screened(self, names: Collection[str]) -> bool:
         """Whether only some units are measured, so that an estimate has to select them."""
-        return self._options.confirm is not None and self._options.confirm < len(names)
+        return self._num_measured is not None and self._num_measured < len(names)
 
     def _screen(self, names: Iterable[str]) -> dict[str, float]:
         """Estimate the energies of the errors of some units.
@@ -494,10 +496,10 @@ class Search:
             candidates: The units that may go to float next.
         """
         names = candidates
-        if self._options.confirm is not None and self._is_screened(names):
+        if self._num_measured is not None and self._is_screened(names):
             energies = self._screen(names)
             by_energy = sorted(names, key=lambda name: -energies[name])
-            names = by_energy[: max(self._options.confirm, 1)]
+            names = by_energy[: max(self._num_measured, 1)]
 
         variants = {name: self._units[name].quantizers for name in names}
         values = self._probe.measure(chosen, variants)

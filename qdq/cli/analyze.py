@@ -25,7 +25,8 @@ class AnalysisOptions:
         rank_by: Metric that ranks the layers; top1 needs calibration samples with labels.
         groups: Layers that go to float together: block, shared (their inputs share one range), or patterns, each of
             which makes a group.
-        confirm: Rank by an estimate, and measure only this many layers exactly; all by default.
+        confirm: Rank by an estimate, and measure only this many layers exactly. By default all, and of 200
+            layers or more the first 32.
         target_metric: Leave no more layers in float once the metric reaches this value.
         target_drop: Leave no more layers in float once the metric is within this distance of the float model's.
         max_float_share: Upper limit on the fraction of MACs left in float (0 to 1), counting excluded and already-float

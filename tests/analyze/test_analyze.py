@@ -361,6 +361,24 @@ def test_greedy_measures_anew_after_each_step(deep):
     assert sqnr_db(reference, outputs(model, batches)) == pytest.approx(last, abs=1e-9)
 
 
+def test_many_layers_are_screened_by_default(deep, monkeypatch):
+    model, batches = deep
+    monkeypatch.setattr("qdq.analyze.options.SCREENED_FROM", 8)
+    monkeypatch.setattr("qdq.analyze.options._MEASURED_WHEN_SCREENED", 3)
+    screened = analyze_layers(model, batches)
+    by_hand = analyze_layers(model, batches, confirm=3)
+    assert [layer.is_exact for layer in screened.layers] == [True] * 3 + [False] * 5
+    assert [layer.name for layer in screened.layers] == [layer.name for layer in by_hand.layers]
+    assert "5 of 8 are estimated, not measured; confirm=8 measures all" in screened.format_table()
+
+    for options in ({"confirm": 8}, {"groups": ["blocks.0.*"]}, {"max_float_layers": 4}):
+        exact = analyze_layers(model, batches, **options)
+        assert all(layer.is_exact for layer in exact.layers)
+        assert "estimated" not in exact.format_table()
+    with torch.inference_mode():  # no gradients, so no estimate
+        assert all(layer.is_exact for layer in analyze_layers(model, batches).layers)
+
+
 @pytest.mark.parametrize("mode", ["one-at-a-time", "leave-one-out"])
 def test_screen_and_confirm(deep, mode):
     model, batches = deep
