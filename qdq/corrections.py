@@ -9,7 +9,7 @@ same model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _ORDER = ("round_weights", "reconstruct_blocks", "correct_bias")
 _ATTRIBUTE = "_accuracy_passes"  # of a model
 _RANGES = "_calibrated_ranges"  # of a model
+_RANGE = "amax"  # of a quantizer, in the names of a snapshot
 
 _Range = tuple[TensorQuantizer, torch.Tensor]
 
@@ -200,6 +201,51 @@ class Snapshot:
         for accuracy_pass in self._passes:
             record_pass(model, accuracy_pass)
 
+    def name_tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The weights, biases and ranges by dotted name, on the CPU, for a file; the passes are not among them.
+
+        Args:
+            model: The model that this was taken of.
+        """
+        names = {module: name for name, module in model.named_modules()}
+        tensors = {}
+        for layer, parameters in self._layers:
+            for parameter, values in parameters.items():
+                tensors[f"{names[layer]}.{parameter}"] = values.cpu().contiguous()
+        for quantizer, amax in self._ranges:
+            tensors[f"{names[quantizer]}.{_RANGE}"] = amax.cpu().contiguous()
+        return tensors
+
+    @classmethod
+    def from_tensors(
+        cls, model: nn.Module, tensors: Mapping[str, torch.Tensor], passes: list[AccuracyPass]
+    ) -> Snapshot:
+        """What `name_tensors` described, of a model in the state before the passes.
+
+        Args:
+            model: The model.
+            tensors: From `name_tensors`.
+            passes: The passes that made it.
+        """
+        snapshot = cls(model)
+        snapshot._passes = passes
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        snapshot._ranges = []
+        modules = dict(model.named_modules())
+        for key, values in tensors.items():
+            name, _, attribute = key.rpartition(".")
+            module = modules[name]
+            if isinstance(module, TensorQuantizer):
+                snapshot._ranges.append((module, values))
+            else:
+                layers.setdefault(name, {})[attribute] = values
+        snapshot._layers = []
+        for name, parameters in layers.items():
+            layer = modules[name]
+            assert isinstance(layer, QuantMixin)  # noqa: S101
+            snapshot._layers.append((layer, parameters))
+        return snapshot
+
 
 def _list_layers(model: nn.Module) -> list[QuantMixin]:
     """The layers whose weight or bias a pass has changed."""
@@ -236,6 +282,7 @@ def _put_back(layer: QuantMixin, parameters: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, values in parameters.items():
             if layer._parameters.get(name) is None:
+                values = values.to(layer._parameters["weight"].device)  # type: ignore[union-attr]
                 layer._parameters[name] = nn.Parameter(values, bool(layer.weight.requires_grad))
             else:
                 layer._parameters[name].copy_(values)  # type: ignore[union-attr]

@@ -163,6 +163,10 @@ class Judge:
         """The steps that were measured so far."""
         return tuple(self._steps)
 
+    def resume(self, steps: Sequence[JudgedStep]) -> None:
+        """Take the steps of an earlier call over, in place of those that were measured."""
+        self._steps = list(steps)
+
     def mark_undone(self) -> None:
         """The last step was taken back."""
         last = self._steps[-1]

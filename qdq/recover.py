@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,11 +15,13 @@ from qdq.accuracy.adaround import round_weights
 from qdq.accuracy.bias import correct_bias
 from qdq.accuracy.blocks import reconstruct_blocks
 from qdq.batch import list_filled_batches
-from qdq.corrections import Snapshot, undo_passes
+from qdq.corrections import AccuracyPass, Snapshot, undo_passes
 from qdq.errors import ArgumentError, DataError, StateError
+from qdq.files import as_path
 from qdq.forward import require_model
 from qdq.judge import Judge, JudgedSteps
-from qdq.outputs import Mask, Selection
+from qdq.outputs import Mask, OutputView, Selection
+from qdq.recovery import Recovery, digest_recovery
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +57,7 @@ def recover_accuracy(
     refit: Iterable[Any] | None = None,
     outputs: Selection | None = None,
     mask: Mask | None = None,
+    path: Path | str | None = None,
 ) -> JudgedSteps:
     """Try the passes of an effort, and undo each that gains less than 0.05 dB on the samples of the judge.
 
@@ -69,12 +74,14 @@ def recover_accuracy(
             fit better.
         outputs: Parts of the outputs that the passes report, as for `predictor.predict`.
         mask: What leaves padding out, as for `predictor.predict`.
+        path: File with the state after every pass. The same call continues from it after Ctrl-C or a `kill -9`: it does
+            an interrupted pass again from its beginning, and ends with the same model. The last fit is one pass.
 
     Returns:
         What every step was worth, those before this call included.
 
     Raises:
-        ArgumentError: An unknown effort.
+        ArgumentError: An unknown effort, or a file that cannot be written.
         ArgumentTypeError: What is no model, or one tensor or dictionary instead of batches.
         DataError: No batch with samples.
         StateError: The judge has measured nothing yet.
@@ -87,16 +94,38 @@ def recover_accuracy(
     if not judge.steps:
         raise StateError("the judge has measured nothing yet.", "call judge.measure(name, model).")
     batches = list_filled_batches(batches)  # once: each pass would read the samples again
-    notes = []
+    if refit is not None:
+        refit = list(refit)
+    recovery = Recovery(None, "")
+    if path is not None:  # the digest reads all weights and data, which only a file needs
+        view = OutputView(outputs, mask).describe()
+        key = digest_recovery(model, judge, EFFORTS[effort], batches, refit, view)
+        recovery = Recovery(as_path(path, "path"), key)
+        passes = _list_passes(batches, outputs=outputs, mask=mask)
+        recovery.resume(model, judge, passes, refit)
     for name in EFFORTS[effort]:
+        if name in recovery.tried:
+            continue
         reason = _try_pass(model, name, batches, judge, outputs=outputs, mask=mask)
         if reason:
-            notes.append(f"{name} was left out: {reason}")
-    if refit is not None:
-        notes += _fit_again(model, list(refit))
-    for note in notes:
+            recovery.notes.append(f"{name} was left out: {reason}")
+        recovery.tried.append(name)
+        recovery.save(model, judge)
+    if refit is not None and not recovery.is_fitted:
+        recovery.notes += _fit_again(model, refit)
+        recovery.is_fitted = True
+        recovery.save(model, judge)
+    for note in recovery.notes:
         logger.info("%s", note)
-    return judge.conclude(notes)
+    return judge.conclude(recovery.notes)
+
+
+def _list_passes(batches: list[Any], **view: Any) -> dict[str, AccuracyPass]:
+    """Name -> the pass with the options of this call, as it records itself."""
+    passes = {}
+    for name, (_, run) in _PASSES.items():
+        passes[name] = AccuracyPass(name, partial(run, batches=batches, **view))
+    return passes
 
 
 def _try_pass(model: nn.Module, name: str, batches: list[Any], judge: Judge, **view: Any) -> str:

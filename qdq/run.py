@@ -55,6 +55,7 @@ JOURNAL_FILE = "analysis.jsonl"
 STATISTICS_FILE = "calibration.safetensors"
 REFERENCES_FILE = "references.safetensors"
 QUANTIZED_FILE = "quantized.safetensors"
+RECOVERY_FILE = "recovery.safetensors"
 TUNING_FOLDER = "tuning"
 
 _PROBE_SECONDS = 10.0  # no process takes longer to check whether a folder is in use
@@ -64,6 +65,7 @@ _JOURNALS = (JOURNAL_FILE, "analysis.*.jsonl")
 
 # A run that continues an interrupted one with the same settings keeps these files, too.
 _STATISTICS = (STATISTICS_FILE, "calibration.json", "calibration.rank*of*.safetensors")
+_CONTINUED = (*_STATISTICS, RECOVERY_FILE)
 
 _RUN_FILES = (
     STATE_FILE,
@@ -78,6 +80,7 @@ _RUN_FILES = (
     "model.rtx.engine",
     REFERENCES_FILE,
     QUANTIZED_FILE,
+    RECOVERY_FILE,
     REPORT_FILE,
     PAGE_FILE,
     TEXT_FILE,
@@ -179,6 +182,11 @@ class Run:
         return self.folder / JOURNAL_FILE
 
     @property
+    def recovery_file(self) -> Path:
+        """The state after the last accuracy pass, for `recover_accuracy`; only an unfinished run has it."""
+        return self.folder / RECOVERY_FILE
+
+    @property
     def tuning_folder(self) -> Path:
         """The folder of fine-tuning."""
         return self.folder / TUNING_FOLDER
@@ -213,6 +221,7 @@ class Run:
         self._end_stage()
         self._stage = ""
         self._save("finished")
+        self.recovery_file.unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.release()
 
@@ -256,9 +265,9 @@ def start_run(
     """Open a run folder, set the seeds and write the log of qdq to `run.log` in it.
 
     Files that an earlier run wrote into the folder are removed, so that a folder never mixes two runs. All other files
-    stay. The analysis of the earlier run stays, too, and so do the statistics that it collected, if it was interrupted
-    and had the same settings, seed, versions and device. A file that a setting names, such as the plan, stays until the
-    run writes its own; a copy is kept beside it, as `plan.input.yaml`.
+    stay. The analysis of the earlier run stays, too. So do the statistics that it collected and the state of its
+    accuracy passes, if it was interrupted and had the same settings, seed, versions and device. A file that a setting
+    names, such as the plan, stays until the run writes its own; a copy is kept beside it, as `plan.input.yaml`.
 
     Until `Run.finish` or the end of this process no other run can start in the folder.
 
@@ -569,11 +578,12 @@ def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
     Args:
         folder: The run folder.
         inputs: Files that the run reads; copies of them are kept.
-        is_begun: Whether the run continues the earlier one; then its statistics and its fine-tuning are kept.
+        is_begun: Whether the run continues the earlier one; then its statistics, the state of its accuracy passes and
+            its fine-tuning are kept.
     """
     kept_globs: tuple[str, ...] = (STATE_FILE, LOG_FILE, *_JOURNALS)
     if is_begun:
-        kept_globs += _STATISTICS
+        kept_globs += _CONTINUED
 
     for path in _list_folder(folder):
         if not _is_run_file(path.name):

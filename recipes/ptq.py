@@ -155,6 +155,7 @@ def ptq(
         judge,
         effort=accuracy,
         refit=calibration.subset(64),
+        path=run.recovery_file,
         **view,
     )
     outputs["mixed"] = qdq.predict(net, samples, **view)
