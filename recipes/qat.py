@@ -29,6 +29,7 @@ def qat(
     calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     max_float_layers: NonNegativeInt = 0,
+    accuracy: Literal["fast", "balanced", "best"] = "fast",
     loss: Literal["distill", "labels", "both"] = "distill",
     ranges: Literal["frozen", "lsq", "pact", "ema"] = "frozen",
     layers: tuple[str, ...] | None = None,
@@ -41,7 +42,7 @@ def qat(
     sm: int | None = None,
     seed: UInt32 = 0,
 ) -> int:
-    """Quantize a model, fine-tune it, then export, check and build it.
+    """Quantize a model, correct its biases, fine-tune it, then export, check and build it.
 
     If it is killed, the same command continues where it stopped.
 
@@ -65,6 +66,9 @@ def qat(
         calib_batches: Batches to calibrate on.
         eval_images: Images, or other samples, to evaluate on.
         max_float_layers: The analysis leaves at most this many layers in float.
+        accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
+            also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
+            calibration samples is undone.
         loss: distill: the float model is the teacher, no labels are needed. labels: cross entropy. both: both losses
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
@@ -105,6 +109,7 @@ def qat(
     )
     net = workload.module
     calibration, samples, view = workload.calibration, workload.evaluation, workload.view
+    fitted, held_out = workload.hold_out()
     check_layers(workload, exclude=exclude, plan=pinned, layers=layers)
     uses_labels = loss in ("labels", "both")
     num_held_out = 0 if uses_labels else workload.num_held_out
@@ -119,6 +124,7 @@ def qat(
     outputs, scores = {}, {}
     outputs["float"] = qdq.predict(net, samples, **view)
     scores["float"] = workload.measure(net)
+    judge = qdq.Judge(net, held_out, **view, weights=workload.output_weights)
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
@@ -131,12 +137,12 @@ def qat(
     )
     outputs["calibrated"] = qdq.predict(net, samples, **view)
     scores["calibrated"] = workload.measure(net)
+    judge.measure("calibrated, all int8", net)
 
     run.stage("analyze")
-    held_out = calibration.subset(workload.num_held_out)
     analysis = qdq.analyze_layers(
         net,
-        held_out,
+        fitted.subset(workload.num_held_out),
         pinned=pinned,
         **view,
         weights=workload.output_weights,
@@ -144,6 +150,19 @@ def qat(
         path=run.journal_file,
     )
     qdq.save_plan(analysis.plan, run.plan_file)
+    judge.measure(f"float layers: {len(analysis.float_layers)}", net)
+
+    run.stage("recover accuracy")
+    steps = qdq.recover_accuracy(
+        net,
+        fitted.subset(64),
+        judge,
+        effort=accuracy,
+        refit=calibration.subset(64),
+        **view,
+    )
+    outputs["start"] = qdq.predict(net, samples, **view)
+    scores["start"] = workload.measure(net)
 
     run.stage("fine-tune")
     uses_teacher = loss in ("distill", "both")
@@ -153,7 +172,7 @@ def qat(
         training,
         loss=qdq.cross_entropy if uses_labels else None,
         distillation=distillation if uses_teacher else None,
-        held=None if uses_labels else held_out,
+        held=None if uses_labels else calibration.subset(workload.num_held_out),
         ranges=ranges,
         layers=layers,
         schedule=schedule,
@@ -212,6 +231,7 @@ def qat(
         check=check,
         build=build,
         evaluation=evaluation,
+        steps=steps,
         tuning=tuning,
     )
     return report.exit_code

@@ -31,7 +31,8 @@ from qdq.accuracy import bias
 from qdq.corrections import list_passes
 from qdq.metrics import sqnr_db
 from qdq.plan import Plan, PlanEntry
-from qdq.qat.losses import Distillation
+from qdq.qat.losses import Distillation, relative_error
+from qdq.qat.trainer import copy_float
 from qdq.schedule import Schedule
 
 
@@ -173,8 +174,15 @@ def test_a_block_of_calibration_does_the_passes_again(swapped, data):
 def test_training_starts_from_the_corrected_model_and_makes_it_the_own_one(swapped, data):
     model = copy.deepcopy(swapped[0])
     images = data[0]
+    expected = copy_float(model)(images[:8])
     correct_bias(model, [images])
-    finetune(model, [images[:8]], distillation=Distillation(), schedule=Schedule(steps=2))
+    with torch.no_grad():
+        error = relative_error(model(images[:8]), expected)
+    schedule = Schedule(steps=2)
+    tuning = finetune(
+        model, [images[:8]], distillation=Distillation(kl=0, features=0), schedule=schedule
+    )
+    assert tuning.losses[0] == pytest.approx(float(error), rel=1e-5)
     assert list_passes(model) == []
     trained = {name: tensor.clone() for name, tensor in model.named_parameters()}
     calibrate_model(model, [images])

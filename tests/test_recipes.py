@@ -164,9 +164,12 @@ def test_fine_tuning_interrupted_then_whole(tmp_path, pictures):
     assert [row["name"] for row in report["evaluation"]["candidates"]] == [
         "float",
         "calibrated",
+        "start",
         "fine-tuned",
         "ONNX",
     ]
+    names = [step["name"] for step in report["steps"]["steps"]]
+    assert names == ["calibrated, all int8", "float layers: 0", "biases corrected"]
 
 
 @pytest.mark.slow
