@@ -9,12 +9,14 @@ import types
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from qdq.build import build_engine
+from qdq.build import _decides_types, build_engine
 from qdq.cli.build import build
 from qdq.errors import ArgumentError, BuildError, DependencyError, QdqError
+from qdq.graph.shapes import infer_shapes
 from qdq.trt.backend import Backend, find_backend
 
 SCALE, ZERO_POINT = np.float32(0.05), np.int8(0)
@@ -73,6 +75,28 @@ class Graph:
             path,
         )
         return path
+
+
+@pytest.mark.parametrize(
+    ("real", "codes", "decides"),
+    [
+        ("float", "int8", False),
+        ("float", "float8e4m3fn", True),
+        ("float16", "int8", True),
+    ],
+)
+def test_types_of_the_graph_decide(real, codes, decides):
+    """For FP8 too: --int8 --fp16 is no flag for it."""
+    model = ir.from_onnx_text(f"""
+    <ir_version: 10, opset_import: ["": 19]>
+    g ({real}[4] x, {real} s, {codes} z) => ({real}[4] y)
+    {{
+        q = QuantizeLinear (x, s, z)
+        y = DequantizeLinear (q, s, z)
+    }}
+    """)
+    infer_shapes(model, data_prop=False)
+    assert _decides_types(model) == decides
 
 
 def conv_file(
