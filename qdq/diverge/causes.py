@@ -186,7 +186,11 @@ def _name_source(value: ir.Value | None) -> str:
     if constant_of(value) is not None:
         return f"constant {value.name}" if value.producer() is None else "a constant"
     producer = value.producer()
-    return f"input {value.name}" if producer is None else str(producer.name)
+    if producer is None:
+        return f"input {value.name}"
+    if len(producer.outputs) > 1:
+        return f"output {value.index()} of {producer.name}"
+    return str(producer.name)
 
 
 def _read_attribute(node: ir.Node, key: str) -> Any:
