@@ -35,6 +35,9 @@ EFFORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Effort -> the passes that are tried, in this order. The first ones fit biases, too: so biases are corrected last, and
 only if that helps on top of them."""
 
+FITTED_SAMPLES: Mapping[str, int] = MappingProxyType({"fast": 64, "balanced": 128, "best": 128})
+"""Effort -> a good number of samples to fit; a bias needs fewer than the weights of a layer."""
+
 _LEAST_GAIN_DB = 0.05  # a pass that gains less is undone
 
 _Pass = Callable[..., object]

@@ -14,6 +14,7 @@ from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
+from qdq.recover import FITTED_SAMPLES
 
 
 def ptq(
@@ -149,12 +150,13 @@ def ptq(
     judge.measure(f"float layers: {len(analysis_result.float_layers)}", net)
 
     run.stage("recover accuracy")
+    num_fitted = FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
-        fitted.subset(64),
+        fitted.subset(num_fitted),
         judge,
         effort=accuracy,
-        refit=calibration.subset(64),
+        refit=calibration.subset(num_fitted),
         path=run.recovery_file,
         **view,
     )

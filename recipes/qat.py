@@ -13,6 +13,7 @@ from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers, check_tuning
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
+from qdq.recover import FITTED_SAMPLES
 
 
 def qat(
@@ -153,12 +154,13 @@ def qat(
     judge.measure(f"float layers: {len(analysis.float_layers)}", net)
 
     run.stage("recover accuracy")
+    num_fitted = FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
-        fitted.subset(64),
+        fitted.subset(num_fitted),
         judge,
         effort=accuracy,
-        refit=calibration.subset(64),
+        refit=calibration.subset(num_fitted),
         **view,
     )
     outputs["start"] = qdq.predict(net, samples, **view)

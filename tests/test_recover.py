@@ -12,6 +12,7 @@ from torch import nn
 import qdq
 from qdq.corrections import list_passes
 from qdq.judge import Judge
+from qdq.recover import EFFORTS, FITTED_SAMPLES
 
 
 @pytest.fixture
@@ -161,3 +162,7 @@ def test_wrong_calls_say_what_to_do(net: nn.Module, samples: torch.Tensor) -> No
         qdq.recover_accuracy(net, [samples], judge, effort="slow")
     with pytest.raises(qdq.StateError, match=r"judge\.measure"):
         qdq.recover_accuracy(net, [samples], judge)
+
+
+def test_every_effort_says_how_many_samples_it_needs() -> None:
+    assert FITTED_SAMPLES.keys() == EFFORTS.keys()
