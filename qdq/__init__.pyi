@@ -53,10 +53,14 @@ from qdq.export import ExportReport as ExportReport
 from qdq.export import export_onnx as export_onnx
 from qdq.fold import fold_batchnorm as fold_batchnorm
 from qdq.formats import Format as Format
+from qdq.formats import find_target_sm as find_target_sm
+from qdq.formats import parse_formats as parse_formats
 from qdq.gate import GateReport as GateReport
 from qdq.gate import gate_run as gate_run
 from qdq.judge import Judge as Judge
 from qdq.judge import JudgedSteps as JudgedSteps
+from qdq.mixed import FormatChoice as FormatChoice
+from qdq.mixed import choose_formats as choose_formats
 from qdq.nn import register_module as register_module
 from qdq.plan import Plan as Plan
 from qdq.plan import apply_plan as apply_plan

@@ -24,6 +24,21 @@ FORMAT_NAMES = ("int8", "fp8")
 INT8 = "int8"
 """The name of signed 8 bit."""
 
+FP8_LEAST_SM = 89
+"""Lowest compute capability with FP8, 89 for 8.9."""
+
+TARGETS = {
+    "t4": 75,
+    "a10": 86,
+    "orin": 87,
+    "l4": 89,
+    "rtx40": 89,
+    "h100": 90,
+    "thor": 110,
+    "rtx50": 120,
+}
+"""Name of a target -> its compute capability."""
+
 NumBits = int | tuple[int, int]
 
 
@@ -159,6 +174,30 @@ def require_formats(formats: Sequence[str]) -> None:
             f"formats is {list(formats)}; known are {', '.join(FORMAT_NAMES)}, each at most once.",
             "pass ('int8',), ('fp8',) or both.",
         )
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """The names in a list with commas, as in `int8,fp8`; int8 comes first.
+
+    Raises:
+        ArgumentError: Other names than `FORMAT_NAMES`, none, or one twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    require_formats(names)
+    return tuple(name for name in FORMAT_NAMES if name in names)
+
+
+def find_target_sm(target: str) -> int:
+    """The compute capability of a target, 89 for 8.9.
+
+    Raises:
+        ArgumentError: An unknown target.
+    """
+    if target not in TARGETS:
+        raise ArgumentError(
+            f"target is {target!r}; known are {', '.join(TARGETS)}.", "pass one of them, or sm."
+        )
+    return TARGETS[target]
 
 
 def scale_from_amax(amax: Any, fmt: Format) -> Any:

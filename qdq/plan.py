@@ -1,4 +1,4 @@
-"""The precision of each layer, int8 or float, as a YAML file that a person can read, edit and apply."""
+"""The precision of each layer, int8, FP8 or float, as a YAML file that a person can read, edit and apply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qdq.schema import read_yaml, validate
 if TYPE_CHECKING:
     from torch import nn
 
-PRECISIONS = ("int8", "float")
+PRECISIONS = ("int8", "fp8", "float")
 _FIX = "correct it by hand, see docs/analyze.md for the form, or give the plan.yaml of a run."
 _FIX_MISSING = "give the plan.yaml of a run, or one in the form that docs/analyze.md shows."
 _PINNED = "pinned"
@@ -34,7 +34,7 @@ class _StoredEntry:
     """The form of an entry in the file."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
-    precision: Literal["int8", "float"]
+    precision: Literal["int8", "fp8", "float"]
     reason: str = ""
     gain: float | None = None
 
@@ -53,7 +53,7 @@ class PlanEntry:
     """The decision for a layer or a call.
 
     Args:
-        precision: "int8" or "float".
+        precision: "int8", "fp8" or "float".
         reason: The reason, in one sentence.
         gain: Measured or estimated gain of leaving it in float; None if it is not known.
     """
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def precisions(self) -> dict[str, str]:
-        """Layer -> "int8" or "float"."""
+        """Layer -> "int8", "fp8" or "float"."""
         return {name: entry.precision for name, entry in self.layers.items()}
 
     def pin(self, name: str, precision: str, metric: str) -> PlanEntry:
@@ -194,10 +194,11 @@ def diff_plans(before: Plan, after: Plan) -> list[PlanChange]:
 
 
 def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
-    """Switch the quantizers of a model as a plan says: off for float layers, on for int8 layers.
+    """Switch the quantizers of a model as a plan says: off for float layers, on for all others.
 
     A quantizer that exists only for a layer is switched with it: the one on the shortcut of the residual add after the
-    layer. Layers that the plan does not name do not change.
+    layer. Layers that the plan does not name do not change. Formats stay: `choose_formats(pinned=...)` sets them, with
+    the ranges that they need.
 
     Args:
         model: A swapped (and rewired) model.

@@ -495,6 +495,27 @@ class TensorQuantizer(nn.Module):
         self._default_method = _CALIB_METHODS[method]
         self._calibrator = TensorCollector(self._axis)
 
+    def set_format(self, num_bits: NumBits, axis: int | None = None) -> None:
+        """Change the format and the axis; the range and the collected statistics are dropped.
+
+        Args:
+            num_bits: As for `QuantDescriptor`.
+            axis: Likewise.
+
+        Raises:
+            ArgumentError: An invalid width, or FP8 for an unsigned quantizer.
+            StateError: The range is being learned.
+        """
+        if self._range_rule is not None:
+            raise StateError(
+                f"the range of {self._label} is being learned.", "call keep_range first."
+            )
+        _ = Format(num_bits, self._unsigned, self._narrow_range)  # refuses an invalid one
+        self._num_bits = num_bits
+        self._axis = axis
+        self._buffers.pop("_amax", None)
+        self._calibrator = TensorCollector(axis)
+
     def load_calib_amax(self, method: str | None = None, **options: Any) -> None:
         """Compute amax from the collected statistics and store it; may be called again with another method.
 
@@ -737,6 +758,10 @@ class SharedQuantizer(TensorQuantizer):
     @property
     def _calibrator(self) -> TensorCollector | None:  # type: ignore[override]
         return self.leader._calibrator
+
+    def set_format(self, num_bits: NumBits, axis: int | None = None) -> None:
+        """Change the format of the leader."""
+        self.leader.set_format(num_bits, axis)
 
     def set_calib_method(self, method: str) -> None:
         """Start again with an empty collector of the leader."""

@@ -33,7 +33,8 @@ def ptq(
     analysis_images: PositiveInt = 32,
     analysis: AnalysisOptions = AnalysisOptions(),
     accuracy: Literal["fast", "balanced", "best"] = "fast",
-    formats: Literal["int8", "fp8"] = "int8",
+    formats: str = "int8",
+    target: str | None = None,
     precision: Literal["auto", "fp32", "fp16"] = "auto",
     batch_size: PositiveInt = 16,
     image_size: PositiveInt | None = None,
@@ -67,8 +68,11 @@ def ptq(
         accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone.
-        formats: Format of the quantized layers. fp8 needs a GPU of compute capability 8.9 or above; it quantizes the
-            products of attention, too.
+        formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
+            above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
+            error.
+        target: The GPU that formats are chosen for: t4, a10, orin, l4, rtx40, h100, thor or rtx50. By default the one
+            that the engine is built for.
         precision: Type of the float layers in the exported file; auto is fp16 for fp8 and fp32 for int8.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
@@ -83,6 +87,8 @@ def ptq(
     qdq.check_run_folder(output, settings)
     run_device = qdq.choose_device(device)
     backend = qdq.find_backend("auto", sm, gpu_sm=qdq.find_sm(run_device))
+    format_names = qdq.parse_formats(formats)
+    target_sm = backend.sm if target is None else qdq.find_target_sm(target)
     analysis_options = analysis.as_arguments()
     pinned = None
     if plan is not None:
@@ -125,8 +131,8 @@ def ptq(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=(formats,))
-    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=(formats,))
+    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
+    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 
     run.stage("calibrate")
     ranges = qdq.calibrate_model(
@@ -135,6 +141,20 @@ def ptq(
     outputs[f"all {formats}"] = qdq.predict(net, samples, **view)
     scores[f"all {formats}"] = workload.measure(net)
     judge.measure(f"calibrated, all {formats}", net)
+
+    if len(format_names) > 1:
+        run.stage("choose formats")
+        choice = qdq.choose_formats(
+            net,
+            fitted.subset(analysis_images),
+            qdq.Statistics.load(run.statistics_file),
+            sm=target_sm,
+            method="mse" if calib_method == "best" else calib_method,
+            pinned=None if pinned is None else pinned.precisions,
+            **view,
+        )
+        print(choice.format_table())
+        judge.measure(f"formats for SM {target_sm}", net)
 
     run.stage("analyze")
     analysis_result = qdq.analyze_layers(

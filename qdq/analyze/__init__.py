@@ -185,7 +185,12 @@ def analyze_layers(
             search = Search(model, probe, units, options, costs, times, decided, start)
             analysis = search.run(undo, earlier_plan)
             idle = tuple(disable_idle(model, trace, undo)) if analysis.float_layers else ()
-            analysis = replace(analysis, unknown_work=list_unknown_work(trace), idle=idle)
+            analysis = replace(
+                analysis,
+                unknown_work=list_unknown_work(trace),
+                idle=idle,
+                fp8=_list_fp8_layers(all_units),
+            )
             journal.close()
         undo.pop_all()
     return analysis
@@ -204,10 +209,21 @@ def check_options(**options: Any) -> None:
     Options(**options)
 
 
+def _list_fp8_layers(units: list[Unit]) -> frozenset[str]:
+    """The layers and calls whose quantizers are FP8."""
+    names: set[str] = set()
+    for unit in units:
+        if unit.quantizers[0].format.is_float:
+            names.update(unit.layers)
+    return frozenset(names)
+
+
 def _require_precisions(pinned: Mapping[str, str]) -> None:
     for name, precision in pinned.items():
         if precision not in PRECISIONS:
-            raise ArgumentError(f"{name} is pinned to {precision!r}.", "pin to 'int8' or 'float'.")
+            raise ArgumentError(
+                f"{name} is pinned to {precision!r}.", "pin to 'int8', 'fp8' or 'float'."
+            )
 
 
 def _pin(

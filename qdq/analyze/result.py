@@ -119,6 +119,7 @@ class Analysis:
         kept: Unit -> why the search did not leave it in float, for units that it tried or that are too large.
         idle: Adds, resizes and average poolings that only layers in float read now; their quantizers are disabled too.
         unknown_work: Calls of operators whose MACs are not known; they are in no share.
+        fp8: Layers and calls that are quantized to FP8; all others are int8.
     """
 
     mode: str
@@ -140,6 +141,7 @@ class Analysis:
     kept: Mapping[str, str] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
     unknown_work: tuple[str, ...] = ()
+    fp8: frozenset[str] = frozenset()
 
     @property
     def float_layers(self) -> list[str]:
@@ -164,15 +166,21 @@ class Analysis:
             reason = f"{explanation}{self.mode}: rank {rank} of {len(self.layers)}, {method}"
             if unit.name in self.kept:
                 reason = f"{reason}; {self.kept[unit.name]}"
-            precision = "float" if unit.name in explanations else "int8"
-            entries.update(dict.fromkeys(unit.layers, PlanEntry(precision, reason, unit.gain)))
+            for name in unit.layers:
+                precision = "float" if unit.name in explanations else self._format_of(name)
+                entries[name] = PlanEntry(precision, reason, unit.gain)
 
-        unmeasured = PlanEntry("int8", "not measured: the budget was used up")
-        entries.update(dict.fromkeys(self.unmeasured, unmeasured))
+        for name in self.unmeasured:
+            reason = "not measured: the budget was used up"
+            entries[name] = PlanEntry(self._format_of(name), reason)
         for name in self.idle:
             gain = entries[name].gain if name in entries else None
             entries[name] = PlanEntry("float", "nothing in int8 reads its result any more", gain)
         return Plan(entries, self.metric_name)
+
+    def _format_of(self, name: str) -> str:
+        """The precision of a layer that is not in float."""
+        return "fp8" if name in self.fp8 else "int8"
 
     def _explain_steps(self) -> dict[str, str]:
         """Unit -> the metric before and after the unit went to float.

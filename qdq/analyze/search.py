@@ -610,7 +610,7 @@ class _UnitCosts:
             self._int8_macs += self._sum_macs(unit.layers)
             int8_times += [times[layer].int8 for layer in unit.layers if layer in times]
         self._int8_time = sum(int8_times)
-        pinned_to_int8 = [name for name, precision in pinned.items() if precision == "int8"]
+        pinned_to_int8 = [name for name, precision in pinned.items() if precision != "float"]
         self._int8_macs += self._sum_macs(pinned_to_int8)
 
     @property

@@ -1,0 +1,113 @@
+"""The choice between int8 and FP8, against a search by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+import qdq
+from qdq import ArgumentError
+from qdq.metrics import sqnr_db
+
+BOTH = ("int8", "fp8")
+
+
+class Outliers(nn.Module):
+    """The first layer reads values with outliers, which FP8 keeps; the second one even values, better in int8."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)).clamp(-2, 2))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(64, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+@pytest.fixture
+def inputs():
+    x = torch.randn(32, 64)
+    x[0, 0] = 2000.0
+    return x
+
+
+def calibrate(model, x, folder, formats=BOTH):
+    qdq.swap_modules(model, x, formats=formats)
+    qdq.rewire_operations(model, x, formats=formats)
+    path = folder / "calibration.safetensors"
+    qdq.calibrate_model(model, [x], method="max", statistics=path)
+    return qdq.Statistics.load(path)
+
+
+def choose(model, x, statistics, **options):
+    return qdq.choose_formats(model, [x], statistics, **{"sm": 89, "method": "max", **options})
+
+
+def test_each_layer_gets_the_format_with_the_smaller_error(inputs, tmp_path):
+    model = Outliers().eval()
+    expected = model(inputs).detach().numpy()
+    statistics = calibrate(model, inputs, tmp_path)
+    choice = choose(model, inputs, statistics)
+    assert choice.formats == {"first": "fp8", "second": "int8"}
+    assert model.first.input_quantizer.format.is_float
+    assert model.first.weight_quantizer.format.is_float
+    assert not model.second.input_quantizer.format.is_float
+
+    # The same figures from models in one format.
+    for entry in choice.choices:
+        for formats, decibels in ((("int8",), entry.int8_db), (("fp8",), entry.fp8_db)):
+            qdq.restore_modules(model)
+            calibrate(model, inputs, tmp_path / str(formats), formats)
+            (name,) = entry.layers
+            qdq.disable_quantization(model)
+            qdq.enable_quantization(model.get_submodule(name))
+            output = model(inputs).detach().numpy()
+            assert sqnr_db(expected, output) == pytest.approx(decibels, abs=1e-3)
+
+
+def test_a_gpu_without_fp8_gets_int8_and_float_attention(tmp_path):
+    x = torch.randn(2, 16, 64)
+    model = Attention().eval()
+    statistics = calibrate(model, x, tmp_path)
+    choice = choose(model, x, statistics, sm=qdq.find_target_sm("t4"))
+    site = "layer.scaled_dot_product_attention"
+    assert choice.formats == {"layer": "int8", "layer.out_proj": "int8", site: "float"}
+    assert "SM 75 has no FP8" in choice.format_table()
+    assert qdq.export_onnx(model, x, tmp_path / "m.onnx").remainder == "fp32"
+
+
+def test_plan_and_pins(inputs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    choice = choose(model, inputs, statistics, pinned={"first": "int8", "second": "fp8"})
+    assert choice.formats == {"first": "int8", "second": "fp8"}
+    plan = qdq.analyze_layers(model, [inputs]).plan
+    assert plan.precisions == {"first": "int8", "second": "fp8"}
+    path = qdq.save_plan(plan, tmp_path / "plan.yaml")
+    assert qdq.load_plan(path).precisions == plan.precisions
+
+
+def test_what_does_not_fit_is_refused(inputs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ArgumentError, match="'entropy' is for integer codes"):
+        choose(model, inputs, statistics, method="entropy")
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(ArgumentError, match="'third' to fp8"):
+        choose(model, inputs, statistics, pinned={"third": "fp8"})
+    with pytest.raises(ArgumentError, match="target is 'v100'"):
+        qdq.find_target_sm("v100")
+    with pytest.raises(ArgumentError, match="formats is"):
+        qdq.parse_formats("int8,int4")
+    assert qdq.parse_formats("fp8, int8") == BOTH
