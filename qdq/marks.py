@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnx.defs import OpSchema
 from onnxscript.values import Op, Opset
@@ -26,11 +27,15 @@ _MARK_UNIT = (
 _DEFAULT_AXIS = 1  # of QuantizeLinear; it has no meaning for one range
 
 _library = torch.library.Library(DOMAIN, "DEF")  # type: ignore[no-untyped-call]
-_SIGNATURE = "fake_quantize(Tensor inputs, float mark, int axis, int num_ranges) -> Tensor"
+_SIGNATURE = (
+    "fake_quantize(Tensor inputs, float mark, int axis, int num_ranges, int code_type) -> Tensor"
+)
 _library.define(_SIGNATURE)  # type: ignore[no-untyped-call]
 
 
-def _copy(inputs: torch.Tensor, mark: float, axis: int, num_ranges: int) -> torch.Tensor:
+def _copy(
+    inputs: torch.Tensor, mark: float, axis: int, num_ranges: int, code_type: int
+) -> torch.Tensor:
     return inputs.clone()
 
 
@@ -50,13 +55,14 @@ _NODE = Op(
             OpSchema.Attribute("mark", OpSchema.AttrType.FLOAT),
             OpSchema.Attribute("axis", OpSchema.AttrType.INT),
             OpSchema.Attribute("num_ranges", OpSchema.AttrType.INT),
+            OpSchema.Attribute("code_type", OpSchema.AttrType.INT),
         ],
     ),
 )
 
 
-def _write_node(inputs: Any, mark: float, axis: int, num_ranges: int) -> Any:
-    return _NODE(inputs, mark=mark, axis=axis, num_ranges=num_ranges)
+def _write_node(inputs: Any, mark: float, axis: int, num_ranges: int, code_type: int) -> Any:
+    return _NODE(inputs, mark=mark, axis=axis, num_ranges=num_ranges, code_type=code_type)
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -94,7 +100,11 @@ class Mark:
             num_ranges = amax.numel()
         is_float32 = inputs.dtype == torch.float32  # a cast that does nothing would be a node, too
         values = inputs if is_float32 else inputs.float()
-        result: torch.Tensor = torch.ops.qdq.fake_quantize(values, self.scale, axis, num_ranges)
+        is_fp8 = self.quantizer.format.is_float
+        code_type = ir.DataType.FLOAT8E4M3FN if is_fp8 else ir.DataType.INT8
+        result: torch.Tensor = torch.ops.qdq.fake_quantize(
+            values, self.scale, axis, num_ranges, int(code_type)
+        )
         return result if is_float32 else result.to(inputs.dtype)
 
 

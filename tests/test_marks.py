@@ -1,3 +1,4 @@
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ def test_a_quantizer_is_one_node_of_the_captured_program(model):
     places = {node.args[1]: node.args[2:] for node in calls if node.target is OPERATOR}
     for mark in marks:
         amax = quantizers[mark.name].amax
-        assert places[mark.scale] == ((0, amax.numel()) if amax.dim() else (1, 0))
+        place = (0, amax.numel()) if amax.dim() else (1, 0)
+        assert places[mark.scale] == (*place, ir.DataType.INT8)
 
 
 def test_half_precision_goes_through_float32(model):

@@ -9,14 +9,14 @@ from qdq.graph.edits import add_initializer, find_free_name
 
 DOMAIN = "qdq"
 MARK_OP = "FakeQuantize"
-"""The operator of such a node: `mark`, the scale of its pair, and `axis` and `num_ranges`, see `ExpandMarks`."""
+"""The operator of such a node; `ExpandMarks` says what its attributes are."""
 
 
 class ExpandMarks(ir.passes.InPlacePass):
     """Replace each `qdq.FakeQuantize` by a QuantizeLinear and a DequantizeLinear that reads it.
 
     Every element of the scale is `mark`: one 0-D element if `num_ranges` is 0, else `num_ranges` of them along `axis`.
-    The zero points are int8 zeros.
+    The zero points are zeros of the type `code_type`, int8 or FP8.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -36,12 +36,13 @@ def is_mark(node: ir.Node) -> bool:
 def _expand(graph: ir.Graph, node: ir.Node, number: int) -> None:
     num_ranges = node.attributes["num_ranges"].as_int()
     shape = (num_ranges,) if num_ranges else ()
+    code_type = ir.DataType(node.attributes["code_type"].as_int())
     mark = node.attributes["mark"].as_float()
     scale = add_initializer(
         graph, find_free_name(graph, "mark_scale_", number), np.full(shape, mark, np.float32)
     )
     zero_point = add_initializer(
-        graph, find_free_name(graph, "mark_zero_point_", number), np.zeros(shape, np.int8)
+        graph, find_free_name(graph, "mark_zero_point_", number), np.zeros(shape, code_type.numpy())
     )
 
     (values,) = node.inputs
@@ -50,7 +51,7 @@ def _expand(graph: ir.Graph, node: ir.Node, number: int) -> None:
     quantize = ir.node("QuantizeLinear", [values, scale, zero_point], axis)
     codes = quantize.outputs[0]
     codes.name = f"{result.name}_codes"
-    codes.type, codes.shape = ir.TensorType(ir.DataType.INT8), result.shape
+    codes.type, codes.shape = ir.TensorType(code_type), result.shape
     dequantize = ir.node("DequantizeLinear", [codes, scale, zero_point], axis)
     for part in (quantize, dequantize):
         part.metadata_props.update(node.metadata_props)
