@@ -3,13 +3,16 @@
 python tools/bench_growth.py [--repeats 5] [--json FILE]
 
 (a) `plan_swap`, `rewire_operations` and `calibrate_model` on one batch, for a chain of 100 and of 300 small layers,
-medians; the longer chain may take 3.5 times as long as the shorter one. (b) One `calibrate_model` call on torchvision's
-ResNet-18 and ResNet-50 with random weights: how many times it walks all modules of the model with `named_modules`.
+medians; the longer chain may take 3.5 times as long as the shorter one. (b) `export_onnx` against torch's export of the
+float model, CPU times, for chains of small linear layers and for ResNets. (c) One `calibrate_model` call on
+torchvision's ResNet-18 and ResNet-50 with random weights: how many times it walks all modules of the model with
+`named_modules`.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +33,7 @@ _LENGTHS = (100, 300)
 _MAX_RATIO = 3.5
 _STAGES = ("plan_swap", "rewire_operations", "calibrate_model")
 _RESNETS = ("resnet18", "resnet50")
+_EXPORTED = ("100 linear layers", "500 linear layers", "resnet50", "resnet152")
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Traversals:
 
 
 def bench_growth(*, repeats: PositiveInt = 5, json: Path | None = None) -> int:
-    """Time the stages on both chains and count the walks of calibration.
+    """Time the stages on both chains, time the export, and count the walks of calibration.
 
     Args:
         repeats: Runs of each chain; the medians are shown.
@@ -67,6 +71,16 @@ def bench_growth(*, repeats: PositiveInt = 5, json: Path | None = None) -> int:
         print(f"{stage:18} {times}")
     print(f"{'together':18} {1e3 * short:8.1f} ms  {1e3 * long:8.1f} ms  ratio {ratio:.2f}")
 
+    torch.onnx.export(
+        nn.Linear(2, 2), (torch.randn(1, 2),), dynamo=True, verbose=False
+    )  # loads modules
+    _time_export("1 linear layers")  # loads modules
+    exports = {name: _time_export(name) for name in _EXPORTED}
+    for name, (plain, quantized) in exports.items():
+        print(
+            f"export of {name:18} float {plain:6.2f} s  int8 {quantized:6.2f} s  ratio {quantized / plain:.2f}"
+        )
+
     walks = {name: _count_traversals(name) for name in _RESNETS}
     for name, count in walks.items():
         print(
@@ -74,7 +88,7 @@ def bench_growth(*, repeats: PositiveInt = 5, json: Path | None = None) -> int:
             f"{count.visits:.1f} visits of each module"
         )
     if json:
-        _write(json, seconds, ratio, walks)
+        _write(json, seconds, ratio, exports, walks)
     return int(ratio > _MAX_RATIO)
 
 
@@ -82,12 +96,14 @@ def _write(
     path: Path,
     seconds: dict[int, dict[str, float]],
     ratio: float,
+    exports: dict[str, tuple[float, float]],
     walks: dict[str, Traversals],
 ) -> None:
     figures = {
         "seconds": {str(length): stages for length, stages in seconds.items()},
         "ratio": ratio,
         "max_ratio": _MAX_RATIO,
+        "export_seconds": exports,
         "traversals": {name: asdict(count) for name, count in walks.items()},
         "environment": describe_environment(),
     }
@@ -119,6 +135,35 @@ def _run_chain(length: int) -> dict[str, float]:
     qdq.calibrate_model(model, [batch])
     calibrating = time.perf_counter() - began
     return dict(zip(_STAGES, (planning, rewiring, calibrating), strict=True))
+
+
+def _time_export(name: str) -> tuple[float, float]:
+    """CPU seconds of torch's export of the folded float model and of `export_onnx` of the quantized one.
+
+    Both have a dynamic batch.
+    """
+    model, batch = _build(name)
+    qdq.fold_batchnorm(model, batch)
+    began = time.process_time()
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(model, (batch,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    plain = time.process_time() - began
+    qdq.swap_modules(model, batch)
+    qdq.rewire_operations(model, batch)
+    qdq.calibrate_model(model, [batch], method="max")
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        qdq.export_onnx(model, batch, Path(folder) / "model.onnx")
+        return plain, time.process_time() - began
+
+
+def _build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    if name.startswith("resnet"):
+        return torchvision.models.get_model(name).eval(), torch.randn(2, 3, 64, 64)
+    length = int(name.split()[0])
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(length)]
+    return nn.Sequential(*layers).eval(), torch.randn(4, 16)
 
 
 def _count_traversals(name: str) -> Traversals:
