@@ -4,17 +4,20 @@ python tools/compare_debug_tensors.py runs/networks/*/model.onnx --json debug_te
 
 Builds each file with TensorRT-RTX, which needs no GPU, five times: as it is, the same again, with the tensors that `qdq
 diverge` dumps as debug tensors, with what Q reads as network outputs, and with what Q writes. Counts the kernels of the
-first engine that the others have, too: same name, type, tensors and ONNX nodes.
+first engine that the others have, too: same name, type, tensors and ONNX nodes. The builder numbers its names anew in
+every build, so numbers in them do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +117,8 @@ def _build(
     config.add_optimization_profile(profile)
     if builder.build_serialized_network(network, config) is None:
         raise SystemExit(f"{path} cannot be built")
-    return parse_build_log(text for _, text in log.messages)
+    kernels = parse_build_log(text for _, text in log.messages)
+    return [replace(kernel, name=re.sub(r"\d+", "#", kernel.name)) for kernel in kernels]
 
 
 def _mark_tensors(network: Any, names: set[str], mark: Mark) -> None:
