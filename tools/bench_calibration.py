@@ -141,7 +141,7 @@ def _bench_resnet(repeats: int) -> dict[str, Any]:
     figures |= _time_forward(model, batch, repeats)
     print(
         f"ResNet-50, batch 8, {torch.get_num_threads()} threads\n"
-        f"  pass that collects / float forward: {figures['collect_ratio']:.2f} (target 1.55 on one thread, 1.8 on two)\n"
+        f"  pass that collects / float forward: {figures['collect_ratio']:.2f} (target 1.55 on 1 thread, 1.8 on 2)\n"
         f"  memory above the float pass: {figures['memory_mb']:.0f} MB (target 64)\n"
         f"  fake-quantized / float forward: {figures['fake_quantized_ratio']:.2f} (target 1.3)\n"
         f"  {figures['activations']} activations, {len(SOLVERS)} methods: {figures['all_methods_s']:.2f} s (target 1)"
