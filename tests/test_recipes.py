@@ -77,6 +77,7 @@ def assert_whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.trt
+@pytest.mark.timeout(600)  # eight runs of the recipe
 def test_interrupted_at_every_stage_then_whole(tmp_path, pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--data-dir", pictures, "--output", folder, "--calib-method", "best"]
