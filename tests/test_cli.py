@@ -89,6 +89,8 @@ class TestHelp:
             "check",
             "build",
             "eval",
+            "diverge",
+            "bisect",
             "report",
             "explain",
             "gate",

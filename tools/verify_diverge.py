@@ -443,7 +443,7 @@ def _run_fault(
     row |= {"is_named": False, "is_told": False, "beyond": len(result.beyond)}
     if first is None:
         return row
-    is_told = any(str(node.name) in cause or f"{place}." in cause for cause in result.causes)
+    is_told = any(f"{place}{mark}" in cause for cause in result.causes for mark in "/.")
     is_place = place in (first.module, first.name)
     return row | {
         "first": first.tensor,
