@@ -120,7 +120,7 @@ def gate_run(
         max_score_drop: Largest drop of a metric from the baseline, in its own unit; without a baseline from the
             run's own float model.
         targets: Files result.json that `verify.sh` of the run's bundle wrote. No check in them may have failed.
-        min_speedup: Smallest time of the float16 engine over that of the int8 engine; the worst target counts.
+        min_speedup: Smallest time of the float16 engine over that of the quantized engine; the worst target counts.
         max_latency_ms: Largest time of the int8 engine, in ms; the worst target counts.
 
     Raises:
@@ -641,13 +641,15 @@ def _measure_size(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _M
 def _measure_speedup(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
     fix = "make the bundle with --with-float, and run verify.sh again."
     speedup, target = min(run.times("speedup", "speedup", fix))
-    return _Measured(speedup, f"int8 is {speedup:.{digits}f} times as fast as float on {target}")
+    return _Measured(
+        speedup, f"the quantized engine is {speedup:.{digits}f} times as fast as float on {target}"
+    )
 
 
 def _measure_latency(run: _RunFacts, baseline: _RunFacts | None, digits: int) -> _Measured:
     fix = "run verify.sh again, and see why its check of times was not done."
-    latency, target = max(run.times("int8_ms", "time of the int8 engine", fix))
-    return _Measured(latency, f"int8 takes {latency:.{digits}f} ms on {target}")
+    latency, target = max(run.times("int8_ms", "time of the quantized engine", fix))
+    return _Measured(latency, f"the quantized engine takes {latency:.{digits}f} ms on {target}")
 
 
 _RULES = {

@@ -30,11 +30,13 @@ from qdq.check.load import load_onnx, require_whole
 from qdq.check.parity import OnnxModel
 from qdq.errors import ArgumentError, CheckError, DataError
 from qdq.files import as_path, guard_files, write_atomic
+from qdq.graph.code_types import list_lacking
 from qdq.graph.coverage import LayerCoverage, count_qdq, measure_coverage
 from qdq.graph.names import name_unnamed
 from qdq.graph.save import save_model
 from qdq.metrics import Array
 from qdq.pairs import Pair, digest_file, load_pairs
+from qdq.product_types import LOW_TYPES, list_low_types, word_of
 from qdq.run import MODEL_FILE, REFERENCES_FILE
 from qdq.text import list_names, printable
 from qdq.trt.profiles import Profile
@@ -73,13 +75,14 @@ class BundleReport:
 
     def format_table(self) -> str:
         """What the folder holds and what the target must reach, then the command for the target."""
-        int8 = sum(layer.int8 for layer in self.layers)
         megabytes = sum(self.files.values()) / 1e6
         lines = [
             f"{self.folder}: {len(self.files)} files, {megabytes:.1f} MB",
             f"{self.pairs} pairs of inputs and references ({self.source})",
-            f"{int8} of {len(self.layers)} products expected in int8",
         ]
+        for type_name in _list_types(self.layers):
+            count = sum(layer.expected == type_name for layer in self.layers)
+            lines.append(f"{count} of {len(self.layers)} products expected in {word_of(type_name)}")
         for name, floor in self.floors.items():
             if floor.required_sqnr_db is None:
                 limit = "must be exact"
@@ -102,7 +105,7 @@ def make_bundle(
     with_float: bool = False,
     archive: bool = False,
 ) -> BundleReport:
-    """Write a folder that proves on the target that the engine is right, in int8, and fast.
+    """Write a folder that proves on the target that the engine is right, quantized as promised, and fast.
 
     The folder holds the model for each version of TensorRT, inputs with the outputs that belong to them, what is
     expected, and `verify.sh`. The same source gives the same bytes.
@@ -114,7 +117,8 @@ def make_bundle(
             B and a pair has B samples. A scalar is the same in all pairs. The references are then the outputs of the
             file in ONNX Runtime. A run needs none: it kept samples and the outputs of its torch model.
         count: Most number of pairs.
-        with_float: Also write the network without Q/DQ; only then can `verify.sh` say whether int8 is faster.
+        with_float: Also write the network without Q/DQ; only then can `verify.sh` say whether the quantized
+            engine is faster.
         archive: Also write `OUTPUT.tar.gz`.
 
     Raises:
@@ -158,6 +162,8 @@ def make_bundle(
             pairs=files,
             most_l2={name: floor.most_mean_square for name, floor in floors.items()},
             has_long_inputs=any(array.dtype == np.int64 for array in pairs[0].inputs.values()),
+            types=_list_types(layers),
+            least_sm=max((least_sm for *_, least_sm in list_lacking(model.graph, sm=0)), default=0),
         )
         write_atomic(staged / _COMMANDS_FILE, write_commands(facts))
         for name in _TARGET_FILES:
@@ -181,6 +187,12 @@ def make_bundle(
     return BundleReport(output, packed, sizes, len(pairs), origin, floors, layers, variants.notes)
 
 
+def _list_types(layers: Sequence[LayerCoverage]) -> list[str]:
+    """The types below 16 bit that the file promises, by TensorRT's names; int8 if there are none."""
+    promised = [layer.promised for layer in layers if layer.promised in LOW_TYPES]
+    return list_low_types(promised)
+
+
 def _load(onnx: Path) -> ir.Model:
     """The graph of a file with Q/DQ; unnamed nodes get the names that TensorRT's parser gives them.
 
@@ -192,7 +204,7 @@ def _load(onnx: Path) -> ir.Model:
     require_whole(loaded)
     if not any(count_qdq(loaded.model)):
         raise ArgumentError(
-            f"{printable(onnx)} has no Q/DQ: nothing in it would run in int8.",
+            f"{printable(onnx)} has no Q/DQ: nothing in it would run in int8 or FP8.",
             "give the model.onnx that `qdq ptq` writes, or another QDQ file.",
         )
     if has_type(loaded.model, ir.DataType.BFLOAT16):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdq.bundle.models import FLOAT, HALF_FLOAT, HALF_MODEL, MODEL
+from qdq.product_types import word_of
 from qdq.trt.flags import HALF_SCALES, HIGHEST_OPSET_OF_8, REFERENCES, STRONG_TYPES, Version
 from qdq.trt.profiles import Profile
 from qdq.trt.trtexec import Pair, build_flags, reference_flags, run_flags
@@ -15,7 +16,7 @@ from qdq.trt.trtexec import Pair, build_flags, reference_flags, run_flags
 RESULTS = Path("results")
 """The folder on the target that gets what trtexec writes."""
 
-INT8_ENGINE, FLOAT_ENGINE = RESULTS / "int8.plan", RESULTS / "float.plan"
+FLOAT_ENGINE = RESULTS / "float.plan"
 
 _RELEASES: Mapping[str, Version] = {
     "8.6": (8, 6),
@@ -36,6 +37,8 @@ class BundleFacts:
         pairs: The files of each pair.
         most_l2: Output name -> the mean squared difference at which trtexec shall fail.
         has_long_inputs: Whether an input is int64.
+        types: The types below 16 bit in which products are expected, by TensorRT's names; int8 if there are none.
+        least_sm: Lowest compute capability that has the types of the file, 89 for 8.9; 0 if every GPU has them.
     """
 
     opsets: Mapping[str, int]
@@ -43,18 +46,33 @@ class BundleFacts:
     pairs: Sequence[Pair]
     most_l2: Mapping[str, float]
     has_long_inputs: bool
+    types: Sequence[str] = ("Int8",)
+    least_sm: int = 0
+
+    @property
+    def engine(self) -> str:
+        """Name of the quantized engine, its step and its files: its types, such as "int8" or "int8-FP8"."""
+        return "-".join(map(word_of, self.types))
+
+    @property
+    def has_only_int8(self) -> bool:
+        """Whether `--int8` before TensorRT 11 allows all types of the file."""
+        return list(self.types) == ["Int8"]
 
 
 def write_commands(facts: BundleFacts) -> str:
     """The text of `commands.sh`.
 
-    It sets `releases` and the numbers of pairs and outputs. Of its functions, `name_output NUMBER` prints a name,
+    It sets `releases`, `engine`, `least_sm` and the numbers of pairs and outputs.
+    Of its functions, `name_output NUMBER` prints a name,
     `refuse RELEASE` why a release cannot be used, `has_step RELEASE STEP` says whether there is a command, and
     `run_step RELEASE STEP` runs it.
     """
     lines = [
         "# Made by qdq from its table of the flags that each trtexec takes; verify.sh reads it.",
         f"releases={shlex.quote(_join_versions())}",
+        f"engine={shlex.quote(facts.engine)}",
+        f"least_sm={facts.least_sm}",
         f"pairs={len(facts.pairs)}",
         f"outputs={len(facts.most_l2)}",
         "",
@@ -111,6 +129,8 @@ def _find_refusal(facts: BundleFacts, version: Version) -> str:
     """Why a version cannot build the files of a bundle; empty if it can."""
     if version >= HALF_SCALES:
         return ""
+    if not facts.has_only_int8:
+        return f"TensorRT before 10 has no {facts.engine}; use 10 or later."
     if MODEL not in facts.opsets:
         return (
             "TensorRT 8.6 has no float16 scales; make the bundle from a run with --precision fp32."
@@ -127,23 +147,29 @@ def _find_refusal(facts: BundleFacts, version: Version) -> str:
 
 def _list_steps(facts: BundleFacts, version: Version) -> dict[str, list[str]]:
     """Name of a step -> the flags of its command."""
-    half = HALF_MODEL in facts.opsets and (version >= STRONG_TYPES or MODEL not in facts.opsets)
-    model = HALF_MODEL if half else MODEL
-    unquantized = HALF_FLOAT if half else FLOAT
-    steps = {"int8": build_flags(Path(model), INT8_ENGINE, facts.profiles, version, half=half)}
+    has_flags = version < STRONG_TYPES and facts.has_only_int8 and MODEL in facts.opsets
+    is_half = HALF_MODEL in facts.opsets and not has_flags
+    model = HALF_MODEL if is_half else MODEL
+    unquantized = HALF_FLOAT if is_half else FLOAT
+    engine = RESULTS / f"{facts.engine}.plan"
+    steps = {
+        facts.engine: build_flags(
+            Path(model), engine, facts.profiles, version, half=is_half or not facts.has_only_int8
+        )
+    }
     if unquantized in facts.opsets:
         steps["float"] = build_flags(
-            Path(unquantized), FLOAT_ENGINE, facts.profiles, version, half=half, quantized=False
+            Path(unquantized), FLOAT_ENGINE, facts.profiles, version, half=is_half, quantized=False
         )
     for number, pair in enumerate(facts.pairs):
         path = RESULTS / f"outputs.{number}.json"
-        steps[f"outputs.{number}"] = run_flags(INT8_ENGINE, pair, path, version)
+        steps[f"outputs.{number}"] = run_flags(engine, pair, path, version)
     if version < REFERENCES:
         return steps
     for position, (output, most_l2) in enumerate(facts.most_l2.items()):
         for shape_number, group in enumerate(_group_by_shape(facts.pairs)):
             step = f"references.{position}.{shape_number}"
-            steps[step] = reference_flags(INT8_ENGINE, group, output, most_l2, version)
+            steps[step] = reference_flags(engine, group, output, most_l2, version)
     return steps
 
 

@@ -13,6 +13,7 @@ from qdq.files import to_jsonable
 from qdq.graph.coverage import LayerCoverage
 from qdq.metrics import Array, has_classes
 from qdq.pairs import Pair
+from qdq.product_types import LOW_TYPES
 from qdq.trt.trtexec import Pair as PairFiles
 
 _TOLERANCE = (
@@ -90,10 +91,11 @@ def _describe_pair(pair: PairFiles) -> dict[str, Any]:
 
 
 def _describe_product(layer: LayerCoverage) -> dict[str, Any]:
+    """A product and the type below 16 bit in which it is expected, by TensorRT's name; None if in float."""
     return {
         "node": layer.name,
         "module": layer.module,
         "op_type": layer.op_type,
-        "int8": layer.int8,
+        "type": layer.expected if layer.expected in LOW_TYPES else None,
         "macs": layer.macs,
     }

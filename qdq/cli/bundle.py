@@ -23,7 +23,7 @@ def bundle(
     """Make a folder that builds, checks and times the model on the target. Needs no torch.
 
     The target needs TensorRT 8.6 or later with its trtexec, and a shell: `sh verify.sh` there builds the engine,
-    compares its outputs, counts the layers in int8 and measures the time. What it could not check it says.
+    compares its outputs, counts the layers in int8 and FP8, and measures the time. What it could not check it says.
 
     For example:
 
@@ -37,7 +37,8 @@ def bundle(
             them, and its references are then what ONNX Runtime computes. A file with a fixed batch of B takes B samples
             for each pair, and a scalar is the same in all pairs.
         pairs: Most number of samples.
-        with_float: Also write the network without Q/DQ; only then can the target say whether int8 is faster.
+        with_float: Also write the network without Q/DQ; only then can the target say whether the quantized
+            engine is faster.
         archive: Also write OUTPUT.tar.gz.
         json: Also write the report to this file.
     """

@@ -61,7 +61,8 @@ def gate(
             model. May be repeated.
         target: The result.json of one target or several, which verify.sh of the bundle wrote. No check in them may have
             failed.
-        min_speedup: Smallest time of the float engine over that of the int8 engine; the worst target counts.
+        min_speedup: Smallest time of the float engine over that of the quantized engine; the worst target
+            counts.
         max_latency_ms: Largest time of the int8 engine, in ms; the worst target counts.
         junit: Also write the result to this file, as JUnit XML.
         json: Also write the result to this file.

@@ -20,7 +20,7 @@ class RemovePairs(ir.passes.InPlacePass):
     """Connect the reader of each DQ with what its Q reads, and store constants as floats.
 
     The network has the layers and the shapes of the quantized one, so its engine takes the time of the float model. Its
-    weights are those of the file, rounded to int8: the numbers are close to those of the float model, not equal.
+    weights are those of the file, rounded to int8 or FP8: the numbers are close to those of the float model, not equal.
 
     Args:
         names: Names of the only DQ to remove; None for all.
@@ -70,11 +70,24 @@ class RemovePairs(ir.passes.InPlacePass):
         value = _find_source(graph, dequantize)
         if value is None:
             return
+        if output.dtype is not None and value.dtype not in (None, output.dtype):
+            value = _cast(graph, dequantize, value, output.dtype)
         if output.is_graph_output():
             value = _copy_for_output(graph, dequantize, value)
         output.replace_all_uses_with(value, replace_graph_outputs=True)
         graph.remove(dequantize, safe=True)
         self.removed_dq += 1
+
+
+def _cast(graph: ir.Graph, dequantize: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A value in the type of a DQ's output: the scale of a Q and that of its DQ may differ in type."""
+    cast = ir.node("Cast", [value], {"to": dtype})
+    cast.name = f"{dequantize.name}/Cast"
+    converted = cast.outputs[0]
+    converted.name = f"{dequantize.outputs[0].name}.converted"
+    converted.type, converted.shape = ir.TensorType(dtype), value.shape
+    graph.insert_before(dequantize, cast)
+    return converted
 
 
 def _copy_for_output(graph: ir.Graph, dequantize: ir.Node, value: ir.Value) -> ir.Value:
@@ -120,6 +133,6 @@ def _dequantize(node: ir.Node) -> npt.NDArray[np.floating] | None:
         shape[axis] = scale.size
         scale = scale.reshape(shape)
         offset = offset.reshape(shape) if offset.size > 1 else offset
-    differences = codes.astype(np.int64) - offset.astype(np.int64)
+    differences = codes.astype(np.float64) - offset.astype(np.float64)
     values: npt.NDArray[np.floating] = differences.astype(scale.dtype) * scale
     return values

@@ -170,7 +170,7 @@ def list_target_rows(targets: Sequence[TargetResult]) -> list[TargetRow]:
         "GPU": partial(_environment_cell, key="gpu"),
         "TensorRT": partial(_environment_cell, key="tensorrt"),
         "system": partial(_environment_cell, key="system"),
-        "int8, ms": partial(_figure_cell, name="int8_ms"),
+        "quantized engine, ms": partial(_figure_cell, name="int8_ms"),
         "float engine, ms": partial(_figure_cell, name="float_ms"),
         "speedup": partial(_figure_cell, name="speedup"),
     }

@@ -81,11 +81,18 @@ class TwoHeads(nn.Module):
         return {"a": self.a(features), "b": self.b(features)}
 
 
-def make_run(folder):
-    """A folder with the two files of a run that a bundle is made from."""
+def make_run(folder, fp8=()):
+    """A folder with the two files of a run that a bundle is made from.
+
+    Args:
+        fp8: Names of the layers in FP8; the others are in int8.
+    """
     torch.manual_seed(0)
     model = TwoHeads().eval()
     batches = [2 * torch.randn(4, 3, 8, 8)]
+    if fp8:
+        others = [name for name, _ in model.named_children() if name not in fp8]
+        qdq.swap_modules(model, batches[0], include="*", exclude=others, formats=("fp8",))
     qdq.swap_modules(model, batches[0], include="*")
     qdq.calibrate_model(model, batches, method="max")
     onnx = qdq.export_onnx(model, batches[0], folder / "model.onnx").path
@@ -111,10 +118,14 @@ def write_tools(folder):
     return folder
 
 
-def verify(bundle, trtexec, *arguments, shell="sh", fault="", seed=0, path=None):
+def verify(bundle, trtexec, *arguments, shell="sh", fault="", seed=0, path=None, capability="8.9"):
     """Run verify.sh with the stand-in; returns its finished process."""
     environment = {**os.environ, "STAND_IN_FAULT": fault, "STAND_IN_SEED": str(seed)}
-    environment |= {"OMP_NUM_THREADS": "1", "PATH": str(path) if path else environment["PATH"]}
+    environment |= {
+        "STAND_IN_CAPABILITY": capability,
+        "OMP_NUM_THREADS": "1",
+        "PATH": str(path) if path else environment["PATH"],
+    }
     command = [shutil.which(shell), bundle / "verify.sh", "--trtexec", trtexec, *arguments]
     return subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, check=False

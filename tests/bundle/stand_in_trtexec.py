@@ -3,7 +3,8 @@ Runtime, and writes what trtexec writes. It breaks what the environment variable
 
 python stand_in_trtexec.py VERSION [flags of trtexec]
 
-VERSION is as in 10.3.0. STAND_IN_SEED seeds the rounding of the engine and the noise of its times.
+VERSION is as in 10.3.0. STAND_IN_CAPABILITY is the compute capability of its GPU. STAND_IN_SEED seeds the
+rounding of the engine and the noise of its times.
 """
 
 import json
@@ -16,7 +17,7 @@ import numpy as np
 
 FACTS = json.loads((Path(__file__).parents[1] / "data" / "trtexec_flags.json").read_text())
 HIGHEST_OPSETS = {8: 17, 10: 20, 11: 23}
-HALF, FLOAT, INT8 = 10, 1, 3
+HALF, FP8 = 10, 17
 COPIES = "Cast Expand Flatten Gather Identity MaxPool Pad Reshape Slice Squeeze Transpose Unsqueeze"
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 INPUT_TYPES = {
@@ -34,6 +35,7 @@ ALGORITHMS = {
 }
 FAULT = os.environ.get("STAND_IN_FAULT", "")
 SEED = int(os.environ.get("STAND_IN_SEED", "0"))
+CAPABILITY = os.environ.get("STAND_IN_CAPABILITY", "8.9")
 
 
 class RefusalError(Exception):
@@ -51,7 +53,7 @@ def main(version, arguments):
     try:
         options, pairs = parse(arguments, f"{major}.{minor}")
         print("[I] === Device Information ===\n[I] Selected Device: NVIDIA Pretended GPU")
-        print("[I] Compute Capability: 8.9")
+        print(f"[I] Compute Capability: {CAPABILITY}")
         if "--onnx" in options:
             build(options, (major, minor))
         elif "--loadEngine" in options:
@@ -141,6 +143,11 @@ def build(options, version):
     strong = version >= (11, 0) or "--stronglyTyped" in options
     if halves and not strong:
         raise RefusalError(f"{halves[0]}: float16 scales need a strongly typed network")
+    codes_of_fp8 = [tensor.name for tensor in model.graph.initializer if tensor.data_type == FP8]
+    if codes_of_fp8 and not strong:
+        raise RefusalError(f"{codes_of_fp8[0]}: FP8 needs a strongly typed network")
+    if codes_of_fp8 and float(CAPABILITY) < 8.9:
+        raise RefusalError(f"{codes_of_fp8[0]}: FP8 is not supported on this platform")
     if strong and {"--int8", "--fp16"} & options.keys():
         raise RefusalError("--int8 cannot be used with --stronglyTyped")
     require_profiles(model, options)
@@ -167,6 +174,7 @@ def require_profiles(model, options):
 def list_layers(model, is_int8, is_half):
     """Name, type, types of input and weights, and time of each layer."""
     producers = {output: node for node in model.graph.node for output in node.output}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     float_type = "Half" if is_half else "Float"
     products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     layers = []
@@ -176,10 +184,13 @@ def list_layers(model, is_int8, is_half):
             skip_copies(read, producers).op_type == "DequantizeLinear" if read else False
             for read in reads
         )
-        kind = "Int8" if quantized and is_int8 and FAULT != "float_engine" else float_type
+        kind = float_type
+        if quantized and is_int8 and FAULT != "float_engine":
+            codes = skip_copies(reads[1], producers).input[0]
+            kind = "FP8" if types[codes] == FP8 else "Int8"
         if FAULT == "missing_qdq" and node is products[1]:
             kind = float_type
-        layers.append((node.name, "CaskConvolution", kind, 0.01 if kind == "Int8" else 0.02))
+        layers.append((node.name, "CaskConvolution", kind, 0.02 if kind == float_type else 0.01))
     return [("Reformatting CopyNode for input", "Reformat", float_type, 0.002), *layers]
 
 
@@ -229,6 +240,7 @@ def describe_tensor(kind, is_new_dialect):
         return {"Name": "t", "Dimensions": [1, 8], "Format": "NC/32HW32", "Datatype": kind}
     text = {
         "Int8": "Thirty-two wide channel vectorized row major Int8 format",
+        "FP8": "Thirty-two wide channel vectorized row major FP8 format",
         "Half": "Row major linear FP16 format",
         "Float": "Row major linear FP32",
     }[kind]

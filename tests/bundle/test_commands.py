@@ -73,9 +73,25 @@ def test_pairs_of_different_shapes_are_checked_apart():
     assert {release for release, step in steps if step.startswith("references.")} == {"11.1"}
 
 
+@pytest.mark.parametrize("opsets", [{"model.onnx": 19, "model.fp16.onnx": 19}, {"model.onnx": 19}])
+def test_the_types_of_the_file_decide_about_fp8(opsets):
+    """`--int8 --fp16` allow no FP8, so TensorRT 10 builds a strongly typed network; TensorRT 11 builds no other."""
+    text = write_commands(make_facts(opsets, types=("Int8", "FP8"), least_sm=89))
+    assert "\nengine=int8-FP8\nleast_sm=89\n" in text
+    steps = read_steps(text)
+    for release in ("10", "11.0", "11.1"):
+        flags = steps[release, "int8-FP8"]
+        assert flags[0] == f"--onnx={list(opsets)[-1]}"
+        assert flags[1] == "--saveEngine=results/int8-FP8.plan"
+        assert ("--stronglyTyped" in flags) == (release == "10")
+        assert not {"--int8", "--fp16"} & set(flags)
+        assert steps[release, "outputs.0"][0] == "--loadEngine=results/int8-FP8.plan"
+
+
 @pytest.mark.parametrize(
     ("opsets", "changes", "reason"),
     [
+        ({"model.onnx": 19}, {"types": ("FP8",)}, "TensorRT before 10 has no FP8"),
         ({"model.fp16.onnx": 19}, {}, "has no float16 scales"),
         ({"model.onnx": 18}, {}, "up to opset 17, and model.onnx has opset 18"),
         ({"model.onnx": 17}, {"has_long_inputs": True}, "takes int64 inputs as int32"),

@@ -34,7 +34,8 @@ def results(bundle, monkeypatch):
     folder.mkdir()
     expected = json.loads((bundle / "expected.json").read_text())
     layers = [
-        (product["node"], "CaskConvolution", "Int8", 0.01) for product in expected["products"]
+        (product["node"], "CaskConvolution", product["type"], 0.01)
+        for product in expected["products"]
     ]
     options = {
         "--exportTimes": folder / "int8.times.json",
@@ -52,7 +53,7 @@ def results(bundle, monkeypatch):
 
 def run(capsys):
     """The records that it prints: name -> status, text and figures."""
-    verify_py.main()
+    verify_py.main("int8")
     records = {}
     for line in capsys.readouterr().out.splitlines():
         status, name, text, figures = line.split("\t")
@@ -138,6 +139,7 @@ class Node:
 
 
 KERNELS = [
+    ("conv0", "CaskConvolution", "FP8"),
     ("conv1", "CaskConvolution", "Int8"),
     ("conv2", "CaskConvolution", "Half"),
     ("fc", "CaskGemmMatrixMultiply", "Int8"),
@@ -147,8 +149,9 @@ KERNELS = [
 ]
 
 
+@pytest.mark.parametrize("promised", ["Int8", "FP8"])
 @pytest.mark.parametrize("is_new_dialect", [False, True])
-def test_census_is_that_of_qdq_build(tmp_path, is_new_dialect):
+def test_census_is_that_of_qdq_build(tmp_path, is_new_dialect, promised):
     layers = []
     for name, layer_type, kind in KERNELS:
         layer = stand_in.describe_layer((name, layer_type, kind, 1.0), is_new_dialect)
@@ -158,13 +161,15 @@ def test_census_is_that_of_qdq_build(tmp_path, is_new_dialect):
     path = tmp_path / "layers.json"
     path.write_text(json.dumps({"Layers": layers}))
     nodes = [*(name for name, _, _ in KERNELS[:-1]), "conv5", "relu5", "absent"]
-    census = take_census([Node(name) for name in nodes], parse_layer_json(path.read_text()))
-    expected = {layer.node for layer in census if layer.int8}
+    census = take_census(
+        [Node(name, promised=promised) for name in nodes], parse_layer_json(path.read_text())
+    )
+    expected = {layer.node for layer in census if layer.built == promised}
     assert 0 < len(expected) < len(nodes)
     passing = set()
     read = verify_py.read_layers(str(path))
     for name in nodes:
-        record = verify_py.check_census([{"node": name, "int8": True, "macs": 1}], read)
+        record = verify_py.check_census([{"node": name, "type": promised, "macs": 1}], read)
         if record[0] == "passed":
             passing.add(name)
         elif name == "absent":
@@ -176,6 +181,48 @@ def test_census_is_that_of_qdq_build(tmp_path, is_new_dialect):
     assert passing == expected
 
 
+@pytest.mark.parametrize("is_new_dialect", [False, True])
+@pytest.mark.parametrize(("built", "status"), [("FP8", "passed"), ("Half", "failed")])
+def test_a_fused_attention_has_three_operands_in_fp8(tmp_path, is_new_dialect, built, status):
+    """Its kernel has no weights, and its name is no product's; the census of the build knows it as well."""
+    tensors = []
+    for kind in (built, built, built, "Half"):  # query, key, value, mask
+        tensors.append(stand_in.describe_tensor(kind, is_new_dialect))
+    metadata = "[ONNX Layer: scores]\x1f[ONNX Layer: values]"
+    layer = {"Name": "_gemm_mha_v2_myl0_3", "LayerType": "kgen", "Inputs": tensors}
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"Layers": [{**layer, "Outputs": [], "Metadata": metadata}]}))
+    products = [{"node": name, "type": "FP8", "macs": 1} for name in ("scores", "values")]
+    record = verify_py.check_census(products, verify_py.read_layers(str(path)))
+    assert record[0] == status, record
+    nodes = [Node(name, promised="FP8") for name in ("scores", "values")]
+    census = take_census(nodes, parse_layer_json(path.read_text()))
+    assert {layer.built for layer in census} == {built}
+
+
+def test_the_census_counts_each_type():
+    layers = []
+    for name, kind in (("a", "Int8"), ("b", "FP8"), ("c", "Int8"), ("d", "Half")):
+        described = stand_in.describe_layer((name, "CaskConvolution", kind, 1.0), True)
+        layers.append(verify_py.read_layer(described))
+    types = {"a": "Int8", "b": "FP8", "c": "FP8", "d": None}
+    products = [{"node": name, "type": kind, "macs": 2} for name, kind in types.items()]
+    record = verify_py.check_census(products, layers)
+    text = "1 of 1 products in int8, 1 of 2 products in FP8; in another type than that of their Q/DQ: c (Int8 x Int8)"
+    assert (record[0], record[2]) == ("failed", text)
+    assert record[3] == {
+        **{"expected_int8": 1, "int8": 1, "expected_fp8": 2, "fp8": 1},
+        **{"macs_expected": 6, "macs_all": 8},
+    }
+    del products[2]
+    assert verify_py.check_census(products, layers)[0] == "passed"
+
+
+def test_nothing_below_16_bit_is_not_passed():
+    record = verify_py.check_census([{"node": "a", "type": None, "macs": 1}], [])
+    assert record[:3] == ("not checked", "census", "no product has Q/DQ on both operands")
+
+
 def test_it_needs_python_3_8_and_numpy_only():
     tree = ast.parse(SOURCE.read_text(), feature_version=(3, 8))
     imported = set()
@@ -184,7 +231,7 @@ def test_it_needs_python_3_8_and_numpy_only():
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module)
-    assert imported == {"__future__", "json", "os", "re", "typing", "numpy"}
+    assert imported == {"__future__", "json", "os", "re", "sys", "typing", "numpy"}
     vermin = pytest.importorskip("vermin", reason="needs the extra 'dev'")
     _, least_python_3 = vermin.detect(SOURCE.read_text())
     assert least_python_3 <= (3, 8)
@@ -193,12 +240,20 @@ def test_it_needs_python_3_8_and_numpy_only():
 def test_a_crash_is_a_failed_check(bundle, tmp_path):
     """Without results it says what is missing; with a damaged expected.json it ends with an error."""
     process = subprocess.run(
-        [sys.executable, "verify.py"], cwd=bundle, capture_output=True, text=True, check=False
+        [sys.executable, "verify.py", "int8"],
+        cwd=bundle,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert process.returncode == 0
     assert "failed\tnumbers a\ttrtexec wrote no results/outputs.0.json" in process.stdout
     shutil.copy(bundle / "verify.sh", bundle / "expected.json")
     process = subprocess.run(
-        [sys.executable, "verify.py"], cwd=bundle, capture_output=True, text=True, check=False
+        [sys.executable, "verify.py", "int8"],
+        cwd=bundle,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert process.returncode != 0

@@ -11,11 +11,14 @@ from small_bundle import (
     VERSIONS,
     damage,
     is_named,
+    make_run,
     read_checks,
     verify,
     write_tools,
     write_trtexec,
 )
+
+from qdq.bundle import make_bundle
 
 SHELLS = ("dash", "bash", "dash", "bash", "dash")
 # One fault of each kind of evidence: numbers of the engine, what was written, layers, times, build, files.
@@ -69,6 +72,63 @@ def test_a_fault_is_caught_and_named(bundle, tmp_path, version, fault):
     if fault != "no_engine":  # which says nothing of the GPU
         text = "this GPU is NVIDIA Pretended GPU, and --gpu asks for Orin"
         assert read_checks(bundle)["gpu"] == ("failed", text)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A bundle with the second convolution and one linear layer in FP8, the others in int8."""
+    run = make_run(tmp_path_factory.mktemp("mixed"), fp8=("middle", "b"))
+    return make_bundle(run, run / "bundle", count=2, with_float=True)
+
+
+def test_a_mixed_bundle_promises_each_type(mixed):
+    expected = json.loads((mixed.folder / "expected.json").read_text())
+    types = [product["type"] for product in expected["products"]]
+    assert types == ["Int8", "FP8", "Int8", "FP8"]
+    table = mixed.format_table()
+    assert "2 of 4 products expected in int8\n2 of 4 products expected in FP8\n" in table
+    assert "model.onnx is left out: the network has float16 tensors" in table
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "11.0.0"])  # a dialect of the inspector each
+@pytest.mark.parametrize(
+    ("fault", "code", "status", "text"),
+    [
+        ("", 0, "passed", "2 of 2 products in int8, 2 of 2 products in FP8"),
+        ("missing_qdq", 1, "failed", "2 of 2 products in int8, 1 of 2 products in FP8; in another"),
+        ("float_engine", 1, "failed", "0 of 2 products in int8, 0 of 2 products in FP8"),
+    ],
+)
+def test_a_mixed_engine_has_each_promised_type(mixed, tmp_path, version, fault, code, status, text):
+    bundle = shutil.copytree(mixed.folder, tmp_path / "bundle")
+    process = verify(bundle, write_trtexec(tmp_path, version), fault=fault, seed=1)
+    assert process.returncode == code, process.stdout + process.stderr
+    checks = read_checks(bundle)
+    assert checks["census"][0] == status
+    assert checks["census"][1].startswith(text)
+    assert ("middle/Conv (Half" in checks["census"][1]) == bool(fault)
+    assert checks["build int8-FP8"][0] == "passed"
+    assert checks["time"][1].startswith("int8-FP8 takes")
+    assert checks["numbers a"][0] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        ("8.6.1", "8.9", "TensorRT before 10 has no int8-FP8; use 10 or later."),
+        ("10.3.0", "8.6", "int8-FP8 needs a GPU of SM 89 or higher, and this one has SM 86;"),
+    ],
+)
+def test_a_target_without_fp8_is_refused_before_the_build(
+    mixed, tmp_path, version, capability, reason
+):
+    bundle = shutil.copytree(mixed.folder, tmp_path / "bundle")
+    process = verify(bundle, write_trtexec(tmp_path, version), capability=capability)
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"verify.sh: {reason}")
+    assert read_checks(bundle)["everything"] == ("not checked", line.removeprefix("verify.sh: "))
+    assert not list((bundle / "results").glob("*.plan"))
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name].file])

@@ -1,11 +1,14 @@
+import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from graph_text import compute, ops, read
 
 from qdq.errors import ExportError
 from qdq.graph.passes import run_passes
 from qdq.graph.remove_pairs import RemovePairs
+from qdq.graph.shapes import complete_shapes
 
 QUANTIZED = """g (float[1,2,4,4] x) => (float[1,3,4,4] y)
 <float s = {1e-5}, int8 z = {0}, int8[3,2,1,1] w = {1, -2, 3, -4, 5, -6}, float[3] ws = {0.5, 0.25, 2},
@@ -42,6 +45,40 @@ def test_an_unsigned_weight_with_offsets():
     run_passes(model, [RemovePairs()])
     assert ops(model) == ["MatMul"]
     assert np.array_equal(compute(model)["y"], expected)
+
+
+def test_codes_of_fp8_are_no_integers():
+    """ONNX Runtime dequantizes them; 1.5 and 0.875 lose their fraction as integers."""
+    codes = np.array([[1.5, -0.875, 448], [2**-9, 0, -3.25]], ml_dtypes.float8_e4m3fn)
+    text = "g (float[4,2] x) => (float[4,3] y) <float s = {0.5}> { d = DequantizeLinear (w, s) y = MatMul (x, d) }"
+    model = read(text.replace("<", "<float8e4m3fn[2,3] w = {0, 0, 0, 0, 0, 0}, "))
+    model.graph.initializers["w"].const_value = ir.tensor(codes, name="w")
+    expected = compute(model)["y"]
+    run_passes(model, [RemovePairs()])
+    assert ops(model) == ["MatMul"]
+    assert np.array_equal(compute(model)["y"], expected)
+
+
+def test_a_pair_that_changes_the_type_leaves_a_cast():
+    """An export in fp16 quantizes its float32 input, and the DQ gives float16."""
+    model = read(
+        """g (float[4,2] x) => (float16[4,2] y)
+        <float s = {0.5}, float16 h = {0.5}, int8 z = {0}, float[2,2] w = {1, 2, 3, 4}> {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, h, z)
+            v = Cast <to = 10> (w)
+            y = MatMul (d, v)
+        }""",
+        opset=19,
+    )
+    complete_shapes(model)
+    run_passes(model, [RemovePairs()])
+    assert ops(model) == ["Cast", "Cast", "MatMul"]
+    (output,) = compute(model).values()
+    x = np.float32(3 * np.random.default_rng(0).normal(size=(4, 2)))
+    expected = np.float64(np.float16(x)) @ [[1, 2], [3, 4]]
+    assert output.dtype == np.float16
+    assert output == pytest.approx(expected, rel=2e-3, abs=2e-2)
 
 
 def test_two_readers_of_one_pair():

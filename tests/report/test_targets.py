@@ -54,7 +54,7 @@ def test_one_column_for_each_target(two_targets):
     assert names == ["NVIDIA L4, TensorRT 10.3.0", "Orin, TensorRT 10.3.0"]
     rows = {row.name: row.cells for row in list_target_rows(targets)}
     assert [cell.text for cell in rows["verdict"]] == ["passed", "failed"]
-    assert [cell.text for cell in rows["int8, ms"]] == ["1.25", "3"]
+    assert [cell.text for cell in rows["quantized engine, ms"]] == ["1.25", "3"]
     assert [cell.text for cell in rows["speedup"]] == ["2", NOTHING]
     assert rows["speedup"][1].note == "int8 takes 3 ms; no float network"
     assert [cell.is_bad for cell in rows["census"]] == [False, True]

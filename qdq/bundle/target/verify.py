@@ -1,7 +1,9 @@
-"""Checks what trtexec wrote to results/ against expected.json: numbers, layers in int8, times of layers.
+"""Checks what trtexec wrote to results/ against expected.json: numbers, types of layers, times of layers.
 
-verify.sh runs it in the folder of the bundle. It needs Python 3.8 or later and numpy, and nothing of qdq. It prints a
-line for each check: status, name, text and figures as JSON, separated by tabs.
+python3 verify.py ENGINE
+
+verify.sh runs it in the folder of the bundle with the name of the engine, such as int8. It needs Python 3.8 or later and
+numpy, and nothing of qdq. It prints a line for each check: status, name, text and figures as JSON, separated by tabs.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from typing import Any, Dict, Tuple
 
 import numpy as np
@@ -27,6 +30,8 @@ PRODUCT = re.compile(
     r"correlation|conv(?!ert)|gemm|matmul|matrix_?multiply|fully_?connected", re.IGNORECASE
 )
 FUSED_PREFIX = "__myl_"
+FUSED_ATTENTION = "_gemm_mha"
+LOW_TYPES = {"Int8": "int8", "FP8": "FP8", "MXFP8": "MXFP8", "FP4": "FP4"}
 TYPE_WORDS = {
     "int4": "Int4",
     "int8": "Int8",
@@ -35,6 +40,10 @@ TYPE_WORDS = {
     "int64": "Int64",
     "bool": "Bool",
     "fp8": "FP8",
+    "fp4": "FP4",
+    "fp4e2m1": "FP4",
+    "e8m0": "E8M0",
+    "fp8ue8m0": "E8M0",
     "half": "Half",
     "fp16": "Half",
     "bf16": "BFloat16",
@@ -48,17 +57,17 @@ class ResultError(Exception):
     """Something that trtexec should have written is missing or wrong."""
 
 
-def main() -> None:
-    """Run all checks and print a line for each."""
+def main(engine: str) -> None:
+    """Run all checks of an engine and print a line for each."""
     expected = read_json("expected.json")
     records = check_numbers(expected)
     layers: list[Layer] = []
     try:
-        layers = read_layers(os.path.join(RESULTS, "int8.layers.json"))
+        layers = read_layers(os.path.join(RESULTS, engine + ".layers.json"))
         records.append(check_census(expected["products"], layers))
     except ResultError as problem:
         records.append(("failed", "census", str(problem), {}))
-    records.append(check_profile(layers))
+    records.append(check_profile(engine, layers))
     for status, name, text, figures in records:
         fields = [status, name, text, json.dumps(to_plain(figures))]
         print("\t".join(" ".join(field.split()) for field in fields))
@@ -267,36 +276,56 @@ def find_type(text: str) -> str:
 
 
 def check_census(products: list[dict[str, Any]], layers: list[Layer]) -> Record:
-    """The record of the products that are expected in int8, by the names of their ONNX nodes."""
+    """The record of the products that are expected below 16 bit, by the names of their ONNX nodes."""
     by_node: dict[str, list[Layer]] = {}
     for layer in layers:
         for node in layer["nodes"]:
             by_node.setdefault(node, []).append(layer)
-    expected = [product for product in products if product["int8"]]
-    in_float = []
-    unknown = []
-    for product in expected:
-        computing = select_products(by_node.get(product["node"], []))
-        if not computing:
-            unknown.append(product["node"])
-        elif not all(is_int8(layer) for layer in computing):
-            types = " x ".join(computing[0]["inputs"][:2] + computing[0]["constants"][:1])
-            in_float.append(f"{product['node']} ({types})")
-    reached = len(expected) - len(in_float) - len(unknown)
-    figures = {
-        "expected_int8": len(expected),
-        "int8": reached,
-        "macs_expected": sum_macs(expected),
-        "macs_all": sum_macs(products),
-    }
-    text = f"{reached} of {len(expected)} products in int8"
-    if in_float:
-        text += "; in float although they have Q/DQ: " + list_names(in_float)
+    figures: dict[str, Any] = {}
+    counts = []
+    others: list[str] = []
+    unknown: list[str] = []
+    for low_type, word in LOW_TYPES.items():
+        expected = [product for product in products if product["type"] == low_type]
+        if not expected:
+            continue
+        computing = {
+            product["node"]: select_products(by_node.get(product["node"], []))
+            for product in expected
+        }
+        wrong = list_other_types(computing, low_type)
+        absent = [node for node in computing if not computing[node]]
+        others += wrong
+        unknown += absent
+        reached = len(expected) - len(wrong) - len(absent)
+        counts.append(f"{reached} of {len(expected)} products in {word}")
+        figures["expected_" + word.lower()] = len(expected)
+        figures[word.lower()] = reached
+    expected = [product for product in products if product["type"] in LOW_TYPES]
+    figures["macs_expected"] = sum_macs(expected)
+    figures["macs_all"] = sum_macs(products)
+    if not counts:
+        return ("not checked", "census", "no product has Q/DQ on both operands", figures)
+    text = ", ".join(counts)
+    if others:
+        text += "; in another type than that of their Q/DQ: " + list_names(others)
         return ("failed", "census", text, figures)
     if unknown:
         text += "; in no layer by their names: " + list_names(unknown)
         return ("not checked", "census", text, figures)
     return ("passed", "census", text, figures)
+
+
+def list_other_types(computing: dict[str, list[Layer]], low_type: str) -> list[str]:
+    """The nodes with a layer that multiplies in another type than the expected one, and its types."""
+    others = []
+    for node, layers in computing.items():
+        for layer in layers:
+            if find_low_type(layer) != low_type:
+                types = " x ".join(layer["inputs"][:2] + layer["constants"][:1])
+                others.append(f"{node} ({types})")
+                break
+    return others
 
 
 def sum_macs(products: list[dict[str, Any]]) -> int:
@@ -329,35 +358,42 @@ def select_products(layers: list[Layer]) -> list[Layer]:
     return products or layers
 
 
-def is_int8(layer: Layer) -> bool:
-    """Whether a layer multiplies an Int8 activation by Int8 weights, without a cast before the product."""
-    weights = layer["inputs"][1:] + layer["constants"]
-    if layer["inputs"][:1] != ["Int8"] or "Int8" not in weights:
-        return False
-    if PRODUCT.search(layer["type"]):
-        return True
+def find_low_type(layer: Layer) -> str:
+    """The type below 16 bit of both operands of a layer that multiplies without a cast before; empty if it has none.
+
+    Weights are a constant, or the second input. A fused attention has three such inputs: query, key and value.
+    """
+    types = layer["inputs"]
+    first = types[0] if types else ""
+    if first not in LOW_TYPES or first not in types[1:] + layer["constants"]:
+        return ""
+    if layer["name"].startswith(FUSED_ATTENTION):
+        return str(first) if types.count(first) >= 3 else ""
     prologue, product, _ = list_operations(layer).partition("Fc")
-    return bool(product) and "Cast" not in prologue
+    if not PRODUCT.search(layer["type"]) and (not product or "Cast" in prologue):
+        return ""
+    return "MXFP8" if first == "FP8" and "E8M0" in types else str(first)
 
 
 # --- times of layers -------------------------------------------------------------------------------------------------
 
 
-def check_profile(layers: list[Layer]) -> Record:
-    """The record of the slowest layers. Those that are not int8 go to results/costs.txt, which verify.sh reads."""
+def check_profile(engine: str, layers: list[Layer]) -> Record:
+    """The record of the slowest layers. Those in float go to results/costs.txt, which verify.sh reads."""
     try:
-        times = read_times(os.path.join(RESULTS, "int8.profile.json"))
+        times = read_times(os.path.join(RESULTS, engine + ".profile.json"))
     except ResultError as problem:
         return ("not checked", "profile", str(problem), {})
     total = sum(times.values())
     types = {}
     for layer in layers:
-        types[layer["name"]] = "int8" if is_int8(layer) else describe_layer(layer)
+        low_type = find_low_type(layer)
+        types[layer["name"]] = LOW_TYPES[low_type] if low_type else describe_layer(layer)
     slowest = sorted(times, key=lambda name: -times[name])
-    others = [name for name in slowest if types.get(name) != "int8"]
+    others = [name for name in slowest if types.get(name) not in LOW_TYPES.values()]
     costs = [describe_cost(name, times[name], total, types) for name in others]
     with open(os.path.join(RESULTS, "costs.txt"), "w", encoding="utf-8") as file:
-        file.write("not in int8 and slowest: " + (list_names(costs) or "none"))
+        file.write(f"not in {engine} and slowest: " + (list_names(costs) or "none"))
     shown = [describe_cost(name, times[name], total, types) for name in slowest]
     figures = {
         "layers": len(times),
@@ -380,7 +416,7 @@ def read_times(path: str) -> dict[str, float]:
 
 
 def describe_layer(layer: Layer) -> str:
-    """Type and first types of a layer that is not int8."""
+    """Type and first types of a layer that multiplies in float, or not at all."""
     return " ".join([layer["type"], *layer["inputs"][:1]])
 
 
@@ -391,4 +427,4 @@ def describe_cost(name: str, time: float, total: float, types: dict[str, str]) -
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

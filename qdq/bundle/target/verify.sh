@@ -156,6 +156,17 @@ find_version() {
   [ -z "$reason" ] || give_up "$reason"
 }
 
+# Ends where the GPU does not have the types of the file; commands.sh sets least_sm, 0 if every GPU has them. trtexec
+# describes the GPU before it notices that there is no such engine.
+require_gpu() {
+  [ "$least_sm" -gt 0 ] || return
+  "$trtexec" --loadEngine="$results/none.plan" >"$results/gpu.log" 2>&1
+  sm=$(sed -n 's/.*Compute Capability: *\([0-9]*\)\.\([0-9]*\).*/\1\2/p' "$results/gpu.log" | head -n 1)
+  [ -n "$sm" ] || return
+  [ "$sm" -ge "$least_sm" ] ||
+    give_up "$engine needs a GPU of SM $least_sm or higher, and this one has SM $sm; make the bundle of an int8 file."
+}
+
 find_python() {
   for python in python3 python; do
     versions=$("$python" -c '
@@ -229,9 +240,9 @@ find_error() {
 }
 
 check_gpu() {
-  gpu=$(sed -n 's/.*Selected Device: *//p' "$results/int8.log" | head -n 1)
+  gpu=$(sed -n 's/.*Selected Device: *//p' "$results/$engine.log" | head -n 1)
   gpu=${gpu:-unknown}
-  capability=$(sed -n 's/.*Compute Capability: *//p' "$results/int8.log" | head -n 1)
+  capability=$(sed -n 's/.*Compute Capability: *//p' "$results/$engine.log" | head -n 1)
   capability=${capability:-unknown}
   [ -n "$wanted_gpu" ] || return
   if [ "$gpu" = unknown ]; then
@@ -298,30 +309,32 @@ find_median() {
 }
 
 check_time() {
-  int8_ms=$(find_median "$results/int8.times.json")
-  if [ -z "$int8_ms" ]; then
-    record failed time "trtexec wrote no times of the int8 engine; see $results/int8.log"
+  quantized_ms=$(find_median "$results/$engine.times.json")
+  if [ -z "$quantized_ms" ]; then
+    record failed time "trtexec wrote no times of the $engine engine; see $results/$engine.log"
     return
   fi
   if ! has_step "$release" float; then
-    record "not checked" time "int8 takes $int8_ms ms; the bundle has no float network to compare with (--with-float)" \
-      "{\"int8_ms\": $int8_ms}"
+    record "not checked" time \
+      "$engine takes $quantized_ms ms; the bundle has no float network to compare with (--with-float)" \
+      "{\"int8_ms\": $quantized_ms}"
     return
   fi
   float_ms=$(find_median "$results/float.times.json")
   if [ -z "$float_ms" ]; then
-    record "not checked" time "int8 takes $int8_ms ms; there is no time of the float engine" "{\"int8_ms\": $int8_ms}"
+    record "not checked" time "$engine takes $quantized_ms ms; there is no time of the float engine" \
+      "{\"int8_ms\": $quantized_ms}"
     return
   fi
-  speedup=$(awk -v int8="$int8_ms" -v float="$float_ms" 'BEGIN { printf "%.4g", float / int8 }')
-  figures="{\"int8_ms\": $int8_ms, \"float_ms\": $float_ms, \"speedup\": $speedup}"
-  text="int8 takes $int8_ms ms, the float engine $float_ms ms: $speedup times as fast"
-  if awk -v int8="$int8_ms" -v float="$float_ms" 'BEGIN { exit !(int8 < float) }'; then
+  speedup=$(awk -v quantized="$quantized_ms" -v float="$float_ms" 'BEGIN { printf "%.4g", float / quantized }')
+  figures="{\"int8_ms\": $quantized_ms, \"float_ms\": $float_ms, \"speedup\": $speedup}"
+  text="$engine takes $quantized_ms ms, the float engine $float_ms ms: $speedup times as fast"
+  if awk -v quantized="$quantized_ms" -v float="$float_ms" 'BEGIN { exit !(quantized < float) }'; then
     record passed time "$text" "$figures"
   else
     costs=$(cat "$results/costs.txt" 2>/dev/null)
-    record failed time "int8 is not faster: $text; ${costs:-the layers were not read: there is no python with numpy}" \
-      "$figures"
+    record failed time \
+      "$engine is not faster: $text; ${costs:-the layers were not read: there is no python with numpy}" "$figures"
   fi
 }
 
@@ -334,7 +347,7 @@ run_verify_py() {
     done
     return
   fi
-  if ! "$python" verify.py >"$results/verify.tsv" 2>"$results/verify.log"; then
+  if ! "$python" verify.py "$engine" >"$results/verify.tsv" 2>"$results/verify.log"; then
     record failed verify.py "it stopped: $(tail -n 1 "$results/verify.log"); see $results/verify.log"
   fi
   cat "$results/verify.tsv" >>"$checks"
@@ -361,8 +374,9 @@ model_digest=$(sed -n 's/^ "model_sha256": "\(.*\)",$/\1/p' expected.json)
 check_files
 find_trtexec
 find_version
+require_gpu
 find_python
-if build int8; then
+if build "$engine"; then
   check_gpu
   if has_step "$release" float; then build float; fi
   run_pairs
@@ -373,7 +387,7 @@ else
   names="references numbers census profile time"
   if [ -n "$wanted_gpu" ]; then names="gpu $names"; fi
   for name in $names; do
-    record "not checked" $name "there is no int8 engine"
+    record "not checked" $name "there is no $engine engine"
   done
 fi
 if [ "$(count_checks failed)" -gt 0 ]; then finish failed 1; fi
