@@ -6,6 +6,7 @@ these rules. See `tensorrt-qdq-rules.md` for their ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from qdq.functions import (
     RESIZES,
     WEIGHTED,
 )
+from qdq.graph.code_types import LARGEST_FP8_KERNEL
 from qdq.nn import QuantInputMixin
 
 MIN_CHANNELS = 16  # R-CONV-3
@@ -44,7 +46,6 @@ _PRODUCTS = MATRIX_PRODUCTS | ATTENTION
 
 _LAST_CONVOLUTION = "last convolution: it writes an output of the network (R-OUT)"
 _EXPECTATION = "expectation over a softmax: it decodes an output (R-OUT)"
-_LARGEST_FP8_KERNEL = 5
 ONLY_PRODUCTS = "TensorRT computes products in FP8, and nothing else (R-FP8)"
 _ATTENTION = "product of attention: int8 Q/DQ would break the fused attention kernel (R-MHA-2)"
 _PRODUCT_OF_ACTIVATIONS = (
@@ -95,9 +96,7 @@ def reason_against_convolution(weight: Sequence[int], groups: int, is_first: boo
 
 
 def reason_against_fp8(module: nn.Module) -> str:
-    """Why a layer that int8 could quantize stays in float for FP8; "" if it does not (R-FP8).
-
-    TensorRT-RTX 1.7 has FP8 kernels for convolutions up to 5 x 5; of 6 x 6, 7 x 7 and 16 x 16 it computes all in half.
+    """Why a layer that int8 could quantize stays in float for FP8; "" if it does not (R-FP8, R-CONV-8).
 
     Args:
         module: A layer of a mapped type.
@@ -106,9 +105,9 @@ def reason_against_fp8(module: nn.Module) -> str:
     if weight is None and not isinstance(module, nn.MultiheadAttention):
         return ONLY_PRODUCTS
     kernel = getattr(module, "kernel_size", ())
-    if isinstance(module, _ConvNd) and max(kernel) > _LARGEST_FP8_KERNEL:
+    if isinstance(module, _ConvNd) and math.prod(kernel) > LARGEST_FP8_KERNEL:
         sizes = " x ".join(map(str, kernel))
-        return f"kernel {sizes}: TensorRT-RTX has no FP8 kernel for it (R-FP8)"
+        return f"kernel {sizes}: above {LARGEST_FP8_KERNEL} positions TensorRT-RTX has no FP8 kernel (R-CONV-8)"
     return ""
 
 
