@@ -53,7 +53,6 @@ from qdq.export import ExportReport as ExportReport
 from qdq.export import export_onnx as export_onnx
 from qdq.fold import fold_batchnorm as fold_batchnorm
 from qdq.formats import Format as Format
-from qdq.formats import find_target_sm as find_target_sm
 from qdq.formats import parse_formats as parse_formats
 from qdq.gate import GateReport as GateReport
 from qdq.gate import gate_run as gate_run
@@ -91,6 +90,7 @@ from qdq.report.compare import compare_runs as compare_runs
 from qdq.report.explain import explain_layer as explain_layer
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
+from qdq.roofline import find_target_sm as find_target_sm
 from qdq.run import Run as Run
 from qdq.run import check_run_folder as check_run_folder
 from qdq.run import start_run as start_run

@@ -27,18 +27,6 @@ INT8 = "int8"
 FP8_LEAST_SM = 89
 """Lowest compute capability with FP8, 89 for 8.9."""
 
-TARGETS = {
-    "t4": 75,
-    "a10": 86,
-    "orin": 87,
-    "l4": 89,
-    "rtx40": 89,
-    "h100": 90,
-    "thor": 110,
-    "rtx50": 120,
-}
-"""Name of a target -> its compute capability."""
-
 NumBits = int | tuple[int, int]
 
 
@@ -185,19 +173,6 @@ def parse_formats(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",")]
     require_formats(names)
     return tuple(name for name in FORMAT_NAMES if name in names)
-
-
-def find_target_sm(target: str) -> int:
-    """The compute capability of a target, 89 for 8.9.
-
-    Raises:
-        ArgumentError: An unknown target.
-    """
-    if target not in TARGETS:
-        raise ArgumentError(
-            f"target is {target!r}; known are {', '.join(TARGETS)}.", "pass one of them, or sm."
-        )
-    return TARGETS[target]
 
 
 def scale_from_amax(amax: Any, fmt: Format) -> Any:

@@ -7,10 +7,10 @@ from typing import Literal
 
 from qdq.errors import ArgumentError
 
-NumberType = Literal["int8", "fp16", "fp32"]
+NumberType = Literal["int8", "fp8", "fp16", "fp32"]
 """The types that a product is computed in."""
 
-ITEM_BYTES: dict[NumberType, int] = {"int8": 1, "fp16": 2, "fp32": 4}
+ITEM_BYTES: dict[NumberType, int] = {"int8": 1, "fp8": 1, "fp16": 2, "fp32": 4}
 
 KERNEL_MICROSECONDS = 3.0
 """What every kernel takes, however little it does.
@@ -37,6 +37,7 @@ class Gpu:
         fp32: The same for float32, which TensorRT computes in TF32 on the tensor cores where there is TF32.
         bandwidth: Memory traffic, in 10^9 bytes per second.
         processors: Number of streaming multiprocessors.
+        sm: Compute capability, 89 for 8.9. From 89 on there is FP8, at the rate of int8.
     """
 
     int8: float
@@ -44,10 +45,12 @@ class Gpu:
     fp32: float
     bandwidth: float
     processors: int
+    sm: int
 
     def rate(self, number_type: NumberType) -> float:
         """Operations per second of a type, in 10^12."""
-        return {"int8": self.int8, "fp16": self.fp16, "fp32": self.fp32}[number_type]
+        rates = {"int8": self.int8, "fp8": self.int8, "fp16": self.fp16, "fp32": self.fp32}
+        return rates[number_type]
 
 
 # Where a data sheet gives rates with sparsity, this table has half of them. Consumer cards: fp16 with fp16
@@ -57,22 +60,44 @@ class Gpu:
 # fp16 of orin, orinnano and rtx4090 is half of their int8: the ratio of these chips. fp32 is TF32: half of fp16, on
 # GeForce a quarter. T4 has no TF32.
 GPUS = {
-    "a10": Gpu(250, 125, 62.5, 600, 72),
-    "a100": Gpu(624, 312, 156, 2039, 108),  # SXM, 80 GB
-    "h100": Gpu(1979, 989, 494, 3350, 132),  # SXM
-    "l4": Gpu(242, 121, 60.5, 300, 58),
-    "l40s": Gpu(733, 362, 183, 864, 142),
+    "a10": Gpu(250, 125, 62.5, 600, 72, 86),
+    "a100": Gpu(624, 312, 156, 2039, 108, 80),  # SXM, 80 GB
+    "h100": Gpu(1979, 989, 494, 3350, 132, 90),  # SXM
+    "l4": Gpu(242, 121, 60.5, 300, 58, 89),
+    "l40s": Gpu(733, 362, 183, 864, 142, 89),
     "orin": Gpu(
-        85, 42.5, 21.2, 204.8, 16
+        85, 42.5, 21.2, 204.8, 16, 87
     ),  # the GPU of a Jetson AGX Orin 64GB, without its accelerators
     "orinnano": Gpu(
-        20, 10, 5, 68, 8
+        20, 10, 5, 68, 8, 87
     ),  # Jetson Orin Nano 8GB, without the Super mode of JetPack 6.2
-    "rtx3090": Gpu(284, 142, 35.6, 936, 82),
-    "rtx4090": Gpu(661, 330, 82.6, 1008, 128),
-    "rtxpro6000": Gpu(1008, 504, 252, 1792, 188),  # Blackwell, Workstation Edition
-    "t4": Gpu(130, 65, 8.1, 320, 40),
+    "rtx3090": Gpu(284, 142, 35.6, 936, 82, 86),
+    "rtx4090": Gpu(661, 330, 82.6, 1008, 128, 89),
+    "rtxpro6000": Gpu(1008, 504, 252, 1792, 188, 120),  # Blackwell, Workstation Edition
+    "t4": Gpu(130, 65, 8.1, 320, 40, 75),
 }
+
+
+TARGETS = {
+    **{name: gpu.sm for name, gpu in GPUS.items()},
+    "rtx40": 89,
+    "rtx50": 120,
+    "thor": 110,
+}
+"""Name of a GPU or of a family of them -> its compute capability."""
+
+
+def find_target_sm(target: str) -> int:
+    """The compute capability of a target, 89 for 8.9.
+
+    Raises:
+        ArgumentError: An unknown target.
+    """
+    if target not in TARGETS:
+        raise ArgumentError(
+            f"target is {target!r}; known are {', '.join(TARGETS)}.", "pass one of them, or sm."
+        )
+    return TARGETS[target]
 
 
 def find_gpu(name: str) -> Gpu:
@@ -87,6 +112,26 @@ def find_gpu(name: str) -> Gpu:
             "use one of these; to rank layers by time, a profile of the engine does as well.",
         )
     return GPUS[name]
+
+
+def choose_sm(gpu: str | None, sm: int | None) -> int | None:
+    """The compute capability that a file is for, 89 for 8.9.
+
+    Args:
+        gpu: Name of a GPU, if one is chosen.
+        sm: Compute capability, if one is given.
+
+    Raises:
+        ArgumentError: An unknown GPU, or one of another compute capability than `sm`.
+    """
+    if gpu is None:
+        return sm
+    gpu_sm = find_gpu(gpu).sm
+    if sm is not None and sm != gpu_sm:
+        raise ArgumentError(
+            f"gpu is {gpu!r}, which has SM {gpu_sm}, and sm is {sm}.", "give one of the two."
+        )
+    return gpu_sm
 
 
 def estimate_kernel(

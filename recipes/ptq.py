@@ -71,8 +71,8 @@ def ptq(
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
             error.
-        target: The GPU that formats are chosen for: t4, a10, orin, l4, rtx40, h100, thor or rtx50. By default the one
-            that the engine is built for.
+        target: The GPU that formats are chosen for: t4, a10, orin, l4, rtx40, h100, thor, rtx50 or another that
+            --gpu takes. By default the one that the engine is built for.
         precision: Type of the float layers in the exported file; auto is fp16 for fp8 and fp32 for int8.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,

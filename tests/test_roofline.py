@@ -3,10 +3,18 @@
 import pytest
 
 from qdq import ArgumentError
-from qdq.roofline import GPUS, KERNEL_MICROSECONDS, Gpu, estimate_kernel, find_gpu
+from qdq.roofline import (
+    GPUS,
+    KERNEL_MICROSECONDS,
+    TARGETS,
+    Gpu,
+    choose_sm,
+    estimate_kernel,
+    find_gpu,
+)
 
 # 100 int8, 50 fp16 and 25 fp32 operations a picosecond, 1000 GB/s, ten processors
-ROUND = Gpu(100, 50, 25, 1000, 10)
+ROUND = Gpu(100, 50, 25, 1000, 10, 89)
 FULL = 10 * 64 * 64  # outputs that keep all ten busy
 
 
@@ -66,3 +74,18 @@ def test_rates_of_every_gpu_are_ordered():
 def test_an_unknown_gpu():
     with pytest.raises(ArgumentError, match=r"gpu is 'v100'; expected one of a10, .*t4"):
         find_gpu("v100")
+
+
+def test_the_compute_capability_is_that_of_the_gpu():
+    assert choose_sm("l4", None) == choose_sm("l4", 89) == TARGETS["l4"] == TARGETS["rtx40"] == 89
+    assert (choose_sm(None, 86), choose_sm(None, None)) == (86, None)
+    with pytest.raises(ArgumentError, match="'t4', which has SM 75, and sm is 89"):
+        choose_sm("t4", 89)
+
+
+def test_fp8_has_the_rate_of_int8():
+    times = [
+        estimate_kernel(ROUND, number_type=kind, num_bytes=1, macs=10**9, outputs=10**6)
+        for kind in ("int8", "fp8")
+    ]
+    assert times[0] == times[1]

@@ -63,10 +63,9 @@ class BundleFacts:
 def write_commands(facts: BundleFacts) -> str:
     """The text of `commands.sh`.
 
-    It sets `releases`, `engine`, `least_sm` and the numbers of pairs and outputs.
-    Of its functions, `name_output NUMBER` prints a name,
-    `refuse RELEASE` why a release cannot be used, `has_step RELEASE STEP` says whether there is a command, and
-    `run_step RELEASE STEP` runs it.
+    It sets `releases`, `engine`, `least_sm` and the numbers of pairs and outputs. Of its functions,
+    `name_output NUMBER` prints a name, `refuse RELEASE` why a release cannot be used, `has_step RELEASE STEP` says
+    whether there is a command, and `run_step RELEASE STEP` runs it.
     """
     lines = [
         "# Made by qdq from its table of the flags that each trtexec takes; verify.sh reads it.",

@@ -26,7 +26,7 @@ from qdq.files import as_path
 from qdq.graph.coverage import Coverage, count_qdq, measure_coverage
 from qdq.graph.shapes import complete_shapes
 from qdq.metrics import Outputs
-from qdq.roofline import find_gpu
+from qdq.roofline import choose_sm
 from qdq.text import group_names, printable
 
 _SHOWN_NODES = 5
@@ -226,8 +226,8 @@ def check_onnx(
             fault; for several outputs by name.
         gpu: Also predict whether int8 pays on this GPU ("l4", "orin" ...; `qdq.roofline.GPUS`). A file without Q/DQ
             has nothing to predict.
-        sm: Compute capability of the GPU that the file is for, 89 for 8.9. With it, types of codes that the GPU lacks
-            are findings.
+        sm: Compute capability of the GPU that the file is for, 89 for 8.9; by default that of `gpu`. With it, types of
+            codes that the GPU lacks are findings.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.
         ignore: Ids of rules to leave out.
 
@@ -235,14 +235,13 @@ def check_onnx(
         The report; the file is clean if `problems` is empty.
 
     Raises:
-        ArgumentError: `select` or `ignore` name a rule that does not exist, an unknown GPU, or outputs that cannot be
-            compared.
+        ArgumentError: `select` or `ignore` name a rule that does not exist, an unknown GPU or one of another `sm`, or
+            outputs that cannot be compared.
         CheckError: The file cannot be read as ONNX at all.
     """
     path = as_path(path, "path")
     rules = choose_rules(select, ignore)
-    if gpu is not None:
-        find_gpu(gpu)
+    sm = choose_sm(gpu, sm)
     loaded = load_onnx(path)
     facts = inspect_file(loaded)
     model = loaded.model

@@ -1,4 +1,4 @@
-"""Will int8 pay? The time of a file on a GPU in int8 and in fp16, predicted from the kernels that are expected."""
+"""Will int8 or FP8 pay? The time of a file on a GPU and of its network in fp16, predicted from the expected kernels."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qdq.graph.code_types import list_lacking
 from qdq.graph.coverage import copy_for_one_sample
 from qdq.graph.fusion import ExpectedKernel, Fusion, count_elements
 from qdq.graph.pairs import input_of, is_op
 from qdq.graph.work import count_macs
+from qdq.product_types import list_low_types, word_of
 from qdq.roofline import KERNEL_MICROSECONDS, Gpu, NumberType, estimate_kernel, find_gpu
 from qdq.text import printable
 
@@ -68,6 +70,7 @@ class Payoff:
         layers: The layers that decide: the largest differences between int8 and fp16.
         losses: What int8 loses its time with, the largest first.
         num_unknown: Kernels that are not counted, because a size or the work is not in the file.
+        types: The types below 16 bit in which products run, by TensorRT's names; int8 if there are none.
     """
 
     gpu: str
@@ -79,6 +82,12 @@ class Payoff:
     layers: tuple[LayerTime, ...]
     losses: tuple[Loss, ...]
     num_unknown: int
+    types: tuple[str, ...] = ("Int8",)
+
+    @property
+    def word(self) -> str:
+        """The types for texts, such as "int8 and FP8"."""
+        return " and ".join(map(word_of, self.types))
 
     @property
     def ratio(self) -> float:
@@ -87,7 +96,7 @@ class Payoff:
 
     @property
     def pays(self) -> bool:
-        """Whether int8 is faster by more than two measurements may differ."""
+        """Whether the file is faster by more than two measurements may differ."""
         return self.ratio >= WORTHWHILE_RATIO
 
     def format_table(self) -> str:
@@ -95,7 +104,7 @@ class Payoff:
         inputs = ", ".join(f"{printable(name)} {shape}" for name, shape in self.inputs.items())
         lines = [
             f"predicted on {self.gpu} for {inputs}: fp16 {_milliseconds(self.float16)}, "
-            f"int8 {_milliseconds(self.int8)}, {self.ratio:.2f} times as fast"
+            f"{self.word} {_milliseconds(self.int8)}, {self.ratio:.2f} times as fast"
         ]
         if self.int8_half_rest < self.int8:
             ratio = self.float16 / self.int8_half_rest
@@ -106,7 +115,7 @@ class Payoff:
         if self.num_unknown:
             lines[0] += f" ({self.num_unknown} kernels of unknown size not counted)"
         lines.append("the layers that decide, in microseconds:")
-        lines.append(f"  {'fp16':>8}  {'int8':>8}  layer")
+        lines.append(f"  {'fp16':>8}  {self.word:>8}  layer")
         for layer in self.layers:
             lines.append(f"  {layer.float16:8.1f}  {layer.int8:8.1f}  {printable(layer.name)}")
         return "\n".join(lines)
@@ -115,7 +124,7 @@ class Payoff:
 def predict_payoff(
     model: ir.Model, gpu: str, *, may_infer: bool = True, data_prop: bool = True
 ) -> Payoff | None:
-    """Predict whether int8 pays on a GPU.
+    """Predict whether the Q/DQ of a file, int8 or FP8, pay on a GPU.
 
     The float network is the same graph without its Q/DQ, all of it in fp16. Both are cut into the kernels that TensorRT
     is expected to make (`graph.fusion`), and each kernel takes the time of `roofline.estimate_kernel`. Caches, memory
@@ -128,12 +137,14 @@ def predict_payoff(
         data_prop: Whether shape inference may follow the values of shape computations.
 
     Returns:
-        None if no kernel has a known size.
+        None if no kernel has a known size, or if the GPU lacks a type of the file: TensorRT would refuse it.
 
     Raises:
         ArgumentError: An unknown GPU.
     """
     rates = find_gpu(gpu)
+    if any(list_lacking(model.graph, rates.sm)):
+        return None
     if may_infer:
         model = copy_for_one_sample(model, data_prop)
     float16 = _Schedule(Fusion(model, with_pairs=False, is_half=True), rates)
@@ -151,6 +162,7 @@ def predict_payoff(
         layers=tuple(_choose_layers(float16, int8)),
         losses=tuple(_list_losses(float16, int8, half_rest)),
         num_unknown=int8.num_unknown,
+        types=tuple(int8.list_types()),
     )
 
 
@@ -163,6 +175,7 @@ class _Schedule:
     """
 
     def __init__(self, fusion: Fusion, gpu: Gpu) -> None:
+        self._fusion = fusion
         self.times: dict[ExpectedKernel, float] = {}
         self.num_unknown = 0
         for kernel in fusion.kernels:
@@ -176,6 +189,13 @@ class _Schedule:
     def total(self) -> float:
         """All kernels, in microseconds."""
         return sum(self.times.values())
+
+    def list_types(self) -> list[str]:
+        """The types below 16 bit of the products; int8 if there are none."""
+        types = []
+        for kernel in self.times:
+            types += map(self._fusion.find_low_type, kernel.products)
+        return list_low_types(types)
 
     def sum_by_name(self) -> dict[tuple[str, str], float]:
         """Kind and name of the kernels -> their time."""
@@ -218,8 +238,9 @@ def _time_kernel(fusion: Fusion, kernel: ExpectedKernel, gpu: Gpu) -> float | No
 
 def _number_type(fusion: Fusion, product: ir.Node) -> NumberType:
     """The type that a product is computed in."""
-    if fusion.is_int8(product):
-        return "int8"
+    low_type = fusion.find_low_type(product)
+    if low_type:
+        return "int8" if low_type == "Int8" else "fp8"
     return "fp16" if fusion.is_half(product.outputs[0]) else "fp32"
 
 
@@ -266,7 +287,7 @@ def _list_losses(float16: _Schedule, int8: _Schedule, half_rest: _Schedule) -> l
         ),
         Loss(
             _sum_slower(float16, half_rest),
-            "layers that int8 makes no faster, such as a stem of 3 channels or a depthwise convolution",
+            "layers that Q/DQ make no faster, such as a stem of 3 channels or a depthwise convolution",
             "leave the layers that decide in float.",
         ),
         Loss(

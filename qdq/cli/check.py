@@ -40,12 +40,13 @@ def check(
         onnx: The ONNX file.
         select: Apply only these rules: ids, separated by commas, or one flag per id.
         ignore: Skip these rules, written the same way.
-        sm: Compute capability of the GPU that the file is for; 89 is 8.9. Types that the GPU does not have are errors.
+        sm: Compute capability of the GPU that the file is for; 89 is 8.9. By default that of --gpu.
+            Types that the GPU does not have are errors.
         explain: Print what a rule looks for, why, and the evidence for it.
         fix: Write a copy to this file with all flaws fixed that can be fixed without changing a number, and check the
             copy. The file itself may be named; it stays untouched when there is nothing to fix.
-        gpu: Also predict whether int8 pays on this GPU: a10, a100, h100, l4, l40s, orin, orinnano, rtx3090, rtx4090,
-            rtxpro6000 or t4.
+        gpu: Also predict whether int8 or FP8 pays on this GPU: a10, a100, h100, l4, l40s, orin, orinnano, rtx3090,
+            rtx4090, rtxpro6000 or t4.
         json: Also write the report to this file.
         sarif: Also write the findings to this file, as SARIF 2.1.0.
     """
@@ -96,13 +97,12 @@ def _check_file(
     from qdq.check.sarif import format_sarif
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
-    from qdq.roofline import find_gpu
+    from qdq.roofline import choose_sm
     from qdq.run import guard_command
     from qdq.text import make_printable
 
     choose_rules(select, ignore)  # refuses unknown rules before anything is written
-    if gpu is not None:
-        find_gpu(gpu)
+    choose_sm(gpu, sm)  # refuses a contradiction before anything is written
     guard_command(
         inputs=[onnx, *list_data_files(onnx)], outputs=[fix, json, sarif], in_place=[(fix, onnx)]
     )
@@ -114,7 +114,8 @@ def _check_file(
     print(make_printable(report).format_table())
     if gpu is not None and report.payoff is None:
         print(
-            f"no times are predicted for {gpu}: the file has no Q/DQ, is damaged, or does not show its sizes"
+            f"no times are predicted for {gpu}: the file has no Q/DQ, is damaged, does not show its sizes, or "
+            "has types that this GPU lacks"
         )
     if json is not None:
         write_json(json, report)

