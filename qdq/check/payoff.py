@@ -192,7 +192,7 @@ class _Schedule:
 
     def list_types(self) -> list[str]:
         """The types below 16 bit of the products; int8 if there are none."""
-        types = []
+        types: list[str] = []
         for kernel in self.times:
             types += map(self._fusion.find_low_type, kernel.products)
         return list_low_types(types)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qdq.errors import ArgumentError
+from qdq.product_types import list_low_types, word_of
 from qdq.report.charts import list_units, unit_of_gain
 from qdq.report.load import StoredReport, guarded, load_report
-from qdq.report.page import final_candidate, int8_fraction, int8_layers, render
+from qdq.report.page import final_candidate, layers_in, read_census, render
 from qdq.report.records import RULE, LayerRecord, Sensitivity
 from qdq.report.wording import format_gain, format_percent
 from qdq.text import printable
@@ -56,7 +57,7 @@ class LayerDifference:
     Args:
         name: Dotted name.
         kind: Class or function.
-        precisions: "int8" or "float".
+        precisions: "int8", "FP8" or "float".
         reasons: Why.
         ranges: amax of its input.
         weights: amax of its weight.
@@ -87,7 +88,7 @@ class SensitivityRow:
         name: Its name.
         ranks: Its place in each run.
         gains: Gain of the outputs with it in float.
-        precisions: "int8" or "float".
+        precisions: "int8", "FP8" or "float".
         labels: Gain and interval as text.
         widths: Length of its bar, in percent of the longest bar with the same metric.
     """
@@ -184,15 +185,12 @@ def _name_runs(reports: Sequence[StoredReport]) -> list[str]:
 class _Summary:
     """The key figures of one run."""
 
-    int8_layers: int
-    int8_fraction: float | None
     sqnr_db: float | None
     agreement: float | None
     top1: float | None
     all_int8_sqnr_db: float | None
     onnx_megabytes: float
     engine_megabytes: float
-    missing_int8: int
     findings: int
     seconds: float
 
@@ -201,15 +199,12 @@ class _Summary:
         """The numbers of one report."""
         summary, final = report.data["summary"], final_candidate(report)
         return cls(
-            int8_layers=int8_layers(report),
-            int8_fraction=int8_fraction(report),
             sqnr_db=final["sqnr_db"],
             agreement=final["agreement"],
             top1=final["top1"],
             all_int8_sqnr_db=report.data["analysis"]["sqnr_db"],
             onnx_megabytes=summary["onnx_megabytes"],
             engine_megabytes=summary["engine_megabytes"],
-            missing_int8=len(summary["census_missing_int8"]),
             findings=len(report.data["findings"]),
             seconds=sum(report.data["seconds"].values()),
         )
@@ -226,15 +221,12 @@ class _Column:
 
 
 _COLUMNS = (
-    _Column("int8_layers", "layers with weights in int8", "{:.0f}".format, 1),
-    _Column("int8_fraction", "multiplications in int8", format_percent, 1),
     _Column("sqnr_db", "SQNR of the outputs, dB", "{:.2f}".format, 1),
     _Column("agreement", "same answer as float", format_percent, 1),
     _Column("top1", "top-1", format_percent, 1),
     _Column("all_int8_sqnr_db", "SQNR with all in int8, dB", "{:.2f}".format, 1),
     _Column("onnx_megabytes", "ONNX file, MB", "{:.2f}".format, -1),
     _Column("engine_megabytes", "engine, MB", "{:.2f}".format, -1),
-    _Column("missing_int8", "quantized, but not int8 in the engine", "{:.0f}".format, -1),
     _Column("findings", "findings", "{:.0f}".format, -1),
     _Column("seconds", "seconds of the run", "{:.0f}".format, 0),
 )
@@ -243,13 +235,37 @@ _COLUMNS = (
 def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
     """List the key figures, one row for each, with a value for each run."""
     summaries = [_Summary.of(report) for report in reports]
-    figures = []
+    figures = _list_type_figures(reports)
     for column in _COLUMNS:
         values = tuple(getattr(summary, column.field) for summary in summaries)
         texts = tuple(_write_value(value, column) for value in values)
         figures.append(Figure(column.label, values, texts, column.better))
 
     return figures + _list_output_figures(reports)
+
+
+def _list_type_figures(reports: Sequence[StoredReport]) -> list[Figure]:
+    """The layers and multiplications in each type that a run has; a run without the type has none of them."""
+    tables = [read_census(report) for report in reports]
+    figures = []
+    for type_name in list_low_types(name for table in tables for name in table):
+        word = word_of(type_name)
+        entries = [table.get(type_name) for table in tables]
+        numbers: dict[_Column, list[float | None]] = {
+            _Column("", f"layers with weights in {word}", "{:.0f}".format, 1): [
+                layers_in(report, word) for report in reports
+            ],
+            _Column("", f"multiplications in {word}", format_percent, 1): [
+                entry["macs"] if entry is not None else 0.0 for entry in entries
+            ],
+            _Column("", f"quantized, but not {word} in the engine", "{:.0f}".format, -1): [
+                len(entry["missing"]) if entry is not None else 0 for entry in entries
+            ],
+        }
+        for column, values in numbers.items():
+            texts = tuple(_write_value(value, column) for value in values)
+            figures.append(Figure(column.label, tuple(values), texts, column.better))
+    return figures
 
 
 def _list_output_figures(reports: Sequence[StoredReport]) -> list[Figure]:

@@ -187,9 +187,9 @@ def final_candidate(report: StoredReport) -> dict[str, Any]:
     return list(candidates.values())[-1]
 
 
-def int8_layers(report: StoredReport) -> int:
-    """Number of layers with weights that are int8."""
-    return sum(layer.precision == "int8" and layer.weights > 0 for layer in report.layers)
+def layers_in(report: StoredReport, precision: str) -> int:
+    """Number of layers with weights in a type, such as "int8" or "FP8"."""
+    return sum(layer.precision == precision and layer.weights > 0 for layer in report.layers)
 
 
 def quantized_layers(report: StoredReport) -> int:
@@ -222,12 +222,6 @@ def count_layers(census: Mapping[str, TypeCensus]) -> tuple[int, int]:
     expected = sum(entry["expected"] for entry in census.values())
     missing = sum(len(entry["missing"]) for entry in census.values())
     return expected, expected - missing
-
-
-def int8_fraction(report: StoredReport) -> float | None:
-    """The fraction of the known multiplications that the engine runs in int8, 0 to 1."""
-    fraction: float | None = report.data["summary"]["int8_macs"]
-    return fraction
 
 
 def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, Any]:

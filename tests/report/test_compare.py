@@ -46,6 +46,24 @@ def test_what_differs(runs):
     assert figures["findings"].texts == ("0", "0")
 
 
+def test_each_type_has_rows(store):
+    """A run without FP8 has no layers and no multiplications in it."""
+    reports = [make_report(NAMES), make_report(NAMES)]
+    reports[1]["layers"][2]["precision"] = "FP8"
+    reports[1]["summary"]["census"] = {
+        "Int8": {"expected": 18, "missing": [], "macs": 0.75},
+        "FP8": {"expected": 1, "missing": ["l2"], "macs": 0.125},
+    }
+    comparison = compare_runs([store(report, f"{i}") for i, report in enumerate(reports)])
+    figures = {figure.label: figure.values for figure in comparison.figures}
+    assert figures["layers with weights in FP8"] == (0, 1)
+    int8_layers = figures["layers with weights in int8"]
+    assert int8_layers[0] - int8_layers[1] == 1
+    assert figures["multiplications in FP8"] == (0.0, 0.125)
+    assert figures["multiplications in int8"][1] == 0.75
+    assert figures["quantized, but not FP8 in the engine"] == (0, 1)
+
+
 def test_outputs_have_rows(store):
     reports = [make_report(NAMES), make_report(NAMES), make_report(NAMES)]
     for report, scores in zip(reports[:2], (15.5, 18.25), strict=True):

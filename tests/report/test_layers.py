@@ -14,7 +14,7 @@ from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization, named_quantizers
 from qdq.report.layers import NO_STATISTICS, describe_layers
 from qdq.report.load import load_report
-from qdq.report.page import int8_layers, list_figures, render_report
+from qdq.report.page import layers_in, list_figures, render_report
 from qdq.report.records import LayerRecord
 from qdq.report.tables import list_skipped
 from qdq.schema import validate
@@ -272,7 +272,9 @@ def test_calls_with_weights_are_layers_with_weights(finished, layers):
         summary["weighted_layers_swapped"],
         summary["missed_modules"],
     ) == (5, 4, [])
-    assert int8_layers(report) == sum(layers[name].precision == "int8" for name in weighted) == 3
+    assert (
+        layers_in(report, "int8") == sum(layers[name].precision == "int8" for name in weighted) == 3
+    )
     assert list_figures(report)[0].value == "3 of 5"
     assert "3 of 5 layers with weights are int8" in render_report(report)
     assert [module.name for module in finished[1]["plan"].of("missed")] == [""]
