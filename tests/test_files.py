@@ -79,6 +79,7 @@ def test_json_of_everything(tmp_path):
         "d": {"e": [0, 1]},
     }
     assert to_jsonable(3) == 3
+    assert to_jsonable(frozenset({"e"})) == ["e"]
 
 
 def test_a_text_that_utf_8_cannot_write(tmp_path):
