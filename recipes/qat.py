@@ -113,8 +113,10 @@ def qat(
     fitted, held_out = workload.hold_out()
     check_layers(workload, exclude=exclude, plan=pinned, layers=layers)
     uses_labels = loss in ("labels", "both")
-    num_held_out = 0 if uses_labels else workload.num_held_out
-    training = workload.load_training(num_held_out)
+    if uses_labels:
+        training, validation = workload.load_training(), None
+    else:
+        training, validation = workload.split_training()
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
     run = qdq.start_run(
         output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
@@ -174,7 +176,7 @@ def qat(
         training,
         loss=qdq.cross_entropy if uses_labels else None,
         distillation=distillation if uses_teacher else None,
-        held=None if uses_labels else calibration.subset(workload.num_held_out),
+        held=validation,
         ranges=ranges,
         layers=layers,
         schedule=schedule,

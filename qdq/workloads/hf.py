@@ -103,7 +103,7 @@ def load_transformers_model(options: WorkloadOptions) -> Workload:
         module=module,
         calibration=calibration,
         evaluation=evaluation,
-        load_training=training.without_first,
+        load_training=lambda: training,
         score=_choose_score(module, evaluation, mask),
         outputs=options.outputs,
         mask=mask,

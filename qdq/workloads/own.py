@@ -97,7 +97,7 @@ def load_own(options: WorkloadOptions) -> Workload:
         module=module,
         calibration=calibration,
         evaluation=evaluation,
-        load_training=training.without_first,
+        load_training=lambda: training,
         score=score,
         outputs=options.outputs,
         mask=options.mask,

@@ -25,7 +25,9 @@ EVALUATION_SAMPLES = 500
 """Default number of samples to evaluate on."""
 
 _EXAMPLE_SAMPLES = 2
-_MOST_HELD_OUT = 32
+_MOST_HELD_OUT = 32  # of the calibration samples, to judge quantization on
+_MOST_HELD_OUT_OF_TRAINING = 128  # to choose the best weights on
+_HELD_OUT_PART = 4  # one of so many training samples is held out at most
 
 
 class Samples(Protocol):
@@ -64,6 +66,13 @@ class TrainingSamples(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
     def __len__(self) -> int: ...
+
+    def without_first(self, n: int, /) -> TrainingSamples:
+        """All samples but the first `n`."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of different samples; photographs if the samples are crops."""
 
     @property
     def labels(self) -> list[int] | None:
@@ -123,8 +132,8 @@ class Workload:
         module: The network that is quantized and exported, in evaluation mode. A detector is without NMS.
         calibration: Samples to calibrate on, and to choose on.
         evaluation: Other samples, to evaluate on.
-        load_training: Returns batches to fine-tune on: none of them is in `evaluation`, nor among as many of the first
-            samples of `calibration` as it is called with.
+        load_training: Returns batches to fine-tune on. No sample is in `evaluation`; `without_first(n)` leaves out the
+            first `n` samples of `calibration`.
         score: The metric of the task; None if accuracy by labels, or nothing, is measured.
         outputs: The parts of the outputs that count, as for `qdq.predict`; None for all.
         mask: What leaves padding out, as for `qdq.predict`.
@@ -136,7 +145,7 @@ class Workload:
     module: nn.Module
     calibration: Samples
     evaluation: Samples
-    load_training: Callable[[int], TrainingSamples] = field(repr=False)
+    load_training: Callable[[], TrainingSamples] = field(repr=False)
     score: Score | None = None
     outputs: Selection | None = None
     mask: Mask | None = None
@@ -149,7 +158,7 @@ class Workload:
 
     @property
     def num_held_out(self) -> int:
-        """How many of the first samples of `calibration` are not fine-tuned on, so that they measure it."""
+        """How many calibration samples judge quantization: at most 32, and at most half."""
         return min(_MOST_HELD_OUT, max(self.calibration.num_samples // 2, 1))
 
     def hold_out(self) -> tuple[Samples, Samples]:
@@ -157,6 +166,18 @@ class Workload:
         if self.calibration.num_samples == 1:
             return self.calibration, self.calibration
         return self.calibration.hold_out(self.num_held_out)
+
+    def split_training(self) -> tuple[TrainingSamples, Samples]:
+        """Batches to fine-tune on, and calibration samples that are not among them, to choose the best weights on.
+
+        Those are up to 128, but at most a quarter of the training samples, and at least `num_held_out`: the SQNR of 32
+        samples can vary by more than the weights of two steps differ in.
+        """
+        training = self.load_training()
+        part = training.num_samples // _HELD_OUT_PART
+        most = min(_MOST_HELD_OUT_OF_TRAINING, part, self.calibration.num_samples)
+        num_held_out = max(most, self.num_held_out)
+        return training.without_first(num_held_out), self.calibration.subset(num_held_out)
 
     @property
     def view(self) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def test_first_batches_calibrate_and_the_others_evaluate(net):
     torch.testing.assert_close(same.module.state_dict(), workload.module.state_dict())
     assert same.num_held_out == 2
     (held_out,) = same.calibration.subset(2)
-    (trained,) = same.load_training(2)
-    (half,) = same.load_training(3)
+    (trained,) = same.load_training().without_first(2)
+    (half,) = same.load_training().without_first(3)
     assert not torch.equal(held_out.inputs["image"], trained.inputs["image"])
     assert torch.equal(half.inputs["image"], trained.inputs["image"][1:])
 

@@ -204,8 +204,16 @@ class CropBatches:
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size, num_images=self.num_images)
 
+    @property
+    def num_samples(self) -> int:
+        """Number of images that crops are drawn of."""
+        return len(self.files)
+
     def without_first(self, n: int) -> CropBatches:
         """Crops of all images but the first `n`, one of each.
+
+        If a pass has several crops of each image, as of the few packaged photographs, all images stay: too few would be
+        left.
 
         Args:
             n: At least 0.
@@ -213,6 +221,8 @@ class CropBatches:
         Raises:
             ArgumentError: There are no more.
         """
+        if self.num_images > self.num_samples:
+            return self
         files = self.files[n:]
         labels = None if self.labels is None else self.labels[n:]
         description = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from qdq.errors import ArgumentError
 from qdq.workloads.classification import load_images, load_training_images
-from qdq.workloads.classification.batches import CropBatches
 from qdq.workloads.classification.models import load_model
 from qdq.workloads.workload import Workload, WorkloadOptions
 
@@ -38,17 +37,11 @@ def load_classifier(options: WorkloadOptions) -> Workload:
     amounts = (num_calibration, options.eval_samples, options.batch_size, options.seed)
     calibration, evaluation = load_images(options.data, loaded, *amounts)
 
-    def load_training(num_held_out: int) -> CropBatches:
-        crops = load_training_images(options.data, loaded, None, *amounts)
-        if options.data is None:  # of a few photographs: others would be lost
-            return crops
-        return crops.without_first(num_held_out)
-
     return Workload(
         name=loaded.name,
         weights=loaded.weights,
         module=loaded.module,
         calibration=calibration,
         evaluation=evaluation,
-        load_training=load_training,
+        load_training=lambda: load_training_images(options.data, loaded, None, *amounts),
     )

@@ -73,9 +73,7 @@ def load_detector(options: WorkloadOptions) -> Workload:
         module=detector.module,
         calibration=DetectorInputs(detector, take(train, num_calibration)),
         evaluation=DetectorInputs(detector, evaluation),
-        load_training=lambda num_held_out: DetectorInputs(
-            detector, take(train, len(train)).without_first(num_held_out)
-        ),
+        load_training=lambda: DetectorInputs(detector, take(train, len(train))),
         score=make_score(detector, evaluation, names),
         outputs=options.outputs,
         mask=options.mask,

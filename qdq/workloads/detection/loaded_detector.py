@@ -85,14 +85,24 @@ class DetectorInputs:
         """
         return DetectorInputs(self.detector, self.pictures.subset(n))
 
+    def without_first(self, n: int) -> DetectorInputs:
+        """All images but the first `n`.
+
+        Args:
+            n: At least 0.
+
+        Raises:
+            ArgumentError: There are no more.
+        """
+        return DetectorInputs(self.detector, self.pictures.without_first(n))
+
     def hold_out(self, n: int) -> tuple[DetectorInputs, DetectorInputs]:
         """All images but the first `n`, and these.
 
         Args:
             n: At least 1, and fewer than there are.
         """
-        rest, first = self.pictures.hold_out(n)
-        return DetectorInputs(self.detector, rest), DetectorInputs(self.detector, first)
+        return self.without_first(n), self.subset(n)
 
 
 def make_score(

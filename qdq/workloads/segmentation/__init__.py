@@ -51,7 +51,7 @@ def load_segmenter(options: WorkloadOptions) -> Workload:
         module=loaded.module,
         calibration=take(train, options.calib_batches * options.batch_size),
         evaluation=evaluation,
-        load_training=lambda num_held_out: take(train, len(train)).without_first(num_held_out),
+        load_training=lambda: take(train, len(train)),
         score=make_score(evaluation, loaded.num_classes),
         outputs=options.outputs,
         mask=options.mask,

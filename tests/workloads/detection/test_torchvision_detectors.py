@@ -91,10 +91,10 @@ def test_a_workload_calibrates_and_evaluates_on_other_pictures(checkpoint):
     assert [len(batch) for batch in evaluation] == [2, 2, 1]
     assert evaluation[0].shape == (2, 3, SIZE, SIZE)
     assert workload.num_held_out == 2
-    training = workload.load_training(2).pictures
-    assert training.num_samples == 1998
-    held_out = workload.calibration.subset(2).pictures
-    assert not {*training.indices} & {*held_out.indices}
+    training, held_out = workload.split_training()
+    assert held_out.pictures.indices == workload.calibration.pictures.indices
+    assert training.num_samples == 1996
+    assert not {*training.pictures.indices} & {*held_out.pictures.indices}
     for image in torch.cat(calibration):
         assert not any(torch.equal(image, other) for other in torch.cat(evaluation))
 

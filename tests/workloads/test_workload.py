@@ -1,0 +1,43 @@
+"""Which calibration samples are held out of fine-tuning: many of plentiful data, few of little."""
+
+import pytest
+import torch
+from torch import nn
+
+from qdq import SampleBatches, Workload, WorkloadOptions, load_workload
+from qdq.workloads.sample_batches import ShuffledBatches
+
+
+@pytest.mark.parametrize(
+    ("num_training", "num_calibration", "num_held_out"),
+    [
+        (2000, 160, 128),
+        (400, 128, 100),
+        (400, 50, 50),
+        (128, 128, 32),
+        (40, 40, 20),
+    ],
+    ids=["128", "a quarter", "all that calibrate", "32 at least", "a half if few"],
+)
+def test_samples_are_held_out_of_training(num_training, num_calibration, num_held_out):
+    numbers = torch.arange(num_training)
+    evaluation = SampleBatches([-numbers], "others")
+    calibration = SampleBatches(list(numbers[:num_calibration].split(16)), "the first ones")
+    training = ShuffledBatches(list(numbers.split(16)), "all")
+    workload = Workload("none", "none", nn.Identity(), calibration, evaluation, lambda: training)
+    trained, held_out = workload.split_training()
+    assert torch.cat(list(held_out)).tolist() == list(range(num_held_out))
+    trained_numbers = torch.cat(list(trained)).tolist()
+    assert sorted(trained_numbers) == list(range(num_held_out, num_training))
+    assert trained.num_samples == num_training - num_held_out
+    _, judged = workload.hold_out()
+    assert judged.num_samples == workload.num_held_out == min(32, num_calibration // 2)
+
+
+def test_all_packaged_photographs_are_trained_on():
+    pytest.importorskip("torchvision", reason="needs the extra 'demo'")
+    workload = load_workload(WorkloadOptions("squeezenet1_1", "random", eval_samples=2))
+    trained, held_out = workload.split_training()
+    assert held_out.num_samples == 32
+    assert trained.num_samples == len(set(trained.files)) == 8
+    assert trained.num_images == 1024
