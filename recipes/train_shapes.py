@@ -9,6 +9,7 @@ the model `yolo/yolo11n.pt`. Any other name is a detector of torchvision, whose 
 
 import math
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import qdq
 from qdq.cli.main import PositiveInt, run_command
-from qdq.files import guard_files, write_json
+from qdq.files import guard_files, write_atomic, write_json
 from qdq.seeds import seeded_rng
 from qdq.workloads.detection import YOLO_PREFIX, load_detector
 from qdq.workloads.detection.pictures import Target, letterbox
@@ -125,7 +126,9 @@ def save(network: nn.Module, output: Path, size: int) -> None:
     if hasattr(network, "yaml"):
         vars(network).pop("criterion", None)  # the loss, which a loaded file makes anew
         content = {"model": network, "train_args": {"imgsz": size}}
-    torch.save(content, output)
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    write_atomic(output, buffer.getvalue())
 
 
 def train_shapes(

@@ -25,7 +25,7 @@ def test_a_mirrored_picture_keeps_its_objects():
 
 
 def test_two_steps_give_a_file_that_loads(tmp_path, capsys):
-    output, figures = tmp_path / "ssdlite.pt", tmp_path / "figures.json"
+    output, figures = tmp_path / "new" / "ssdlite.pt", tmp_path / "figures.json"
     code = recipe.train_shapes(
         output=output,
         model="ssdlite320_mobilenet_v3_large",
