@@ -63,7 +63,7 @@ _HOMES = {
         "enable_quantization",
     ),
     "range_files": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
-    "recover": ("recover_accuracy",),
+    "recover": ("FITTED_SAMPLES", "recover_accuracy"),
     "references": ("save_references",),
     "report": ("write_report",),
     "report.compare": ("compare_runs",),

@@ -14,7 +14,6 @@ from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
-from qdq.recover import FITTED_SAMPLES
 
 
 def ptq(
@@ -170,7 +169,7 @@ def ptq(
     judge.measure(f"float layers: {len(analysis_result.float_layers)}", net)
 
     run.stage("recover accuracy")
-    num_fitted = FITTED_SAMPLES[accuracy]
+    num_fitted = qdq.FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
         fitted.subset(num_fitted),

@@ -13,7 +13,6 @@ from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers, check_tuning
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
-from qdq.recover import FITTED_SAMPLES
 
 
 def qat(
@@ -156,7 +155,7 @@ def qat(
     judge.measure(f"float layers: {len(analysis.float_layers)}", net)
 
     run.stage("recover accuracy")
-    num_fitted = FITTED_SAMPLES[accuracy]
+    num_fitted = qdq.FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
         fitted.subset(num_fitted),

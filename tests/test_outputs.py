@@ -264,7 +264,9 @@ def test_the_nudge_goes_both_ways(side):
 
 
 def test_table_of_several_outputs():
-    expected = {"boxes": np.full((7, 4), 3.0), "scores": np.eye(7, 10)}
+    boxes = np.full((7, 4), 3.0)
+    boxes[0] = 2.0  # constant outputs get a line of their own
+    expected = {"boxes": boxes, "scores": np.eye(7, 10)}
     worse = {"boxes": expected["boxes"] + 0.003, "scores": expected["scores"] + 0.1}
     evaluation = evaluate_outputs({"float": expected, "int8": worse}, {"scores": range(7)})
     _, candidate = evaluation.candidates

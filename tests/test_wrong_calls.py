@@ -65,6 +65,7 @@ def calls_of(tmp_path, x):
         "Calibration": qdq.Calibration,
         "solve_ranges": lambda model: qdq.solve_ranges(model, Statistics("", {})),
         "choose_formats": lambda model: qdq.choose_formats(model, [x], Statistics("", {}), sm=89),
+        "find_divergence": lambda model: qdq.find_divergence(model, "model.onnx", [x]),
         "analyze_layers": lambda model: qdq.analyze_layers(model, [x]),
         "finetune": lambda model: qdq.finetune(model, [x], schedule=qdq.Schedule(steps=1)),
         "correct_bias": lambda model: qdq.correct_bias(model, [x]),
