@@ -161,6 +161,7 @@ def make_bundle(
             profiles=profiles,
             pairs=files,
             most_l2={name: floor.most_mean_square for name, floor in floors.items()},
+            output_types={name: str(array.dtype) for name, array in pairs[0].quantized.items()},
             has_long_inputs=any(array.dtype == np.int64 for array in pairs[0].inputs.values()),
             types=_list_types(layers),
             least_sm=max((least_sm for *_, least_sm in list_lacking(model.graph, sm=0)), default=0),

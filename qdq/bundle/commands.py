@@ -9,7 +9,14 @@ from pathlib import Path
 
 from qdq.bundle.models import FLOAT, HALF_FLOAT, HALF_MODEL, MODEL
 from qdq.product_types import word_of
-from qdq.trt.flags import HALF_SCALES, HIGHEST_OPSET_OF_8, REFERENCES, STRONG_TYPES, Version
+from qdq.trt.flags import (
+    COMPARED_TYPES,
+    HALF_SCALES,
+    HIGHEST_OPSET_OF_8,
+    REFERENCES,
+    STRONG_TYPES,
+    Version,
+)
 from qdq.trt.profiles import Profile
 from qdq.trt.trtexec import Pair, build_flags, reference_flags, run_flags
 
@@ -36,6 +43,7 @@ class BundleFacts:
         profiles: Dynamic input -> `min`, `opt` and `max` shape.
         pairs: The files of each pair.
         most_l2: Output name -> the mean squared difference at which trtexec shall fail.
+        output_types: Output name -> its type, by numpy's name.
         has_long_inputs: Whether an input is int64.
         types: The types below 16 bit in which products are expected, by TensorRT's names; int8 if there are none.
         least_sm: Lowest compute capability that has the types of the file, 89 for 8.9; 0 if every GPU has them.
@@ -45,6 +53,7 @@ class BundleFacts:
     profiles: Mapping[str, Profile]
     pairs: Sequence[Pair]
     most_l2: Mapping[str, float]
+    output_types: Mapping[str, str]
     has_long_inputs: bool
     types: Sequence[str] = ("Int8",)
     least_sm: int = 0
@@ -63,24 +72,24 @@ class BundleFacts:
 def write_commands(facts: BundleFacts) -> str:
     """The text of `commands.sh`.
 
-    It sets `releases`, `engine`, `least_sm` and the numbers of pairs and outputs. Of its functions,
-    `name_output NUMBER` prints a name, `refuse RELEASE` why a release cannot be used, `has_step RELEASE STEP` says
-    whether there is a command, and `run_step RELEASE STEP` runs it.
+    It sets `releases`, `comparing` (those whose trtexec compares outputs), `engine`, `least_sm` and the numbers of
+    pairs and outputs. Of its functions, `name_output NUMBER` and `type_output NUMBER` print a name and its type,
+    `refuse RELEASE` why a release cannot be used, `has_step RELEASE STEP` says whether there is a command, and
+    `run_step RELEASE STEP` runs it.
     """
+    comparing = [name for name, version in _RELEASES.items() if version >= REFERENCES]
+    types = [facts.output_types[name] for name in facts.most_l2]
     lines = [
         "# Made by qdq from its table of the flags that each trtexec takes; verify.sh reads it.",
         f"releases={shlex.quote(_join_versions())}",
+        f"comparing={shlex.quote(' '.join(comparing))}",
         f"engine={shlex.quote(facts.engine)}",
         f"least_sm={facts.least_sm}",
         f"pairs={len(facts.pairs)}",
         f"outputs={len(facts.most_l2)}",
         "",
-        "name_output() {",
-        '  case "$1" in',
-        *(_case(str(i), f"echo {shlex.quote(name)}") for i, name in enumerate(facts.most_l2)),
-        "  esac",
-        "}",
-        "",
+        *_print_by_number("name_output", list(facts.most_l2)),
+        *_print_by_number("type_output", types),
         "refuse() {",
         '  case "$1" in',
         *_list_refusals(facts),
@@ -101,6 +110,12 @@ def write_commands(facts: BundleFacts) -> str:
     lines += ["  esac", "}", "", "has_step() {", '  case "$1 $2" in']
     lines += [_case(pattern, "return 0") for pattern in patterns]
     return "\n".join([*lines, "  esac", "  return 1", "}", ""])
+
+
+def _print_by_number(function: str, texts: Sequence[str]) -> list[str]:
+    """A shell function that prints the text of a number."""
+    cases = [_case(str(i), f"echo {shlex.quote(text)}") for i, text in enumerate(texts)]
+    return [f"{function}() {{", '  case "$1" in', *cases, "  esac", "}", ""]
 
 
 def _case(pattern: str, command: str) -> str:
@@ -166,6 +181,8 @@ def _list_steps(facts: BundleFacts, version: Version) -> dict[str, list[str]]:
     if version < REFERENCES:
         return steps
     for position, (output, most_l2) in enumerate(facts.most_l2.items()):
+        if facts.output_types[output] not in COMPARED_TYPES:
+            continue
         for shape_number, group in enumerate(_group_by_shape(facts.pairs)):
             step = f"references.{position}.{shape_number}"
             steps[step] = reference_flags(engine, group, output, most_l2, version)

@@ -20,6 +20,9 @@ STRONG_TYPES: Version = (11, 0)
 REFERENCES: Version = (11, 1)
 """From this version on trtexec compares outputs with references, on Linux."""
 
+COMPARED_TYPES = ("float32", "float16", "int8", "int32")
+"""The types of outputs that trtexec compares, by numpy's names."""
+
 DEBUG_TENSORS: Version = (10, 13)
 """From this version on trtexec writes debug tensors as `.npy`."""
 

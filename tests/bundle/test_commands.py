@@ -19,6 +19,7 @@ def make_facts(opsets, lengths=(4, 4), **changes):
         pairs.append(Pair(inputs, {"y": Path(f"refs/{number}.bin")}, {"x:0": (1, length)}))
     profile = {"min": (1, min(lengths)), "opt": (1, max(lengths)), "max": (1, max(lengths))}
     facts = {"profiles": {"x:0": profile}, "most_l2": {"y": 0.5}, "has_long_inputs": False}
+    facts |= {"output_types": {"y": "float32"}}
     return BundleFacts(**{"opsets": opsets, "pairs": pairs, **facts, **changes})
 
 
@@ -71,6 +72,13 @@ def test_pairs_of_different_shapes_are_checked_apart():
     assert "--minShapes='x:0':1x4" in steps["10", "int8"]
     assert "--maxShapes='x:0':1x7" in steps["10", "int8"]
     assert {release for release, step in steps if step.startswith("references.")} == {"11.1"}
+
+
+@pytest.mark.parametrize(("output_type", "count"), [("int32", 1), ("int64", 0), ("bool", 0)])
+def test_trtexec_compares_outputs_of_some_types(output_type, count):
+    facts = make_facts({"model.onnx": 17}, output_types={"y": output_type})
+    steps = read_steps(write_commands(facts))
+    assert sum(step.startswith("references.") for _, step in steps) == count
 
 
 @pytest.mark.parametrize("opsets", [{"model.onnx": 19, "model.fp16.onnx": 19}, {"model.onnx": 19}])

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import stand_in_trtexec as stand_in
 from small_bundle import (
@@ -155,6 +157,40 @@ def test_without_python_the_rest_is_said_to_be_not_checked(bundle, tmp_path):
     assert "needs python3" in checks["census"][1]
 
 
+def test_nan_fails_without_python(bundle, tmp_path):
+    """For trtexec NaN is not above the threshold, so it ends with code 0."""
+    (tmp_path / "tools").mkdir()
+    tools = write_tools(tmp_path / "tools")
+    process = verify(bundle, write_trtexec(tmp_path, "11.1.0"), path=tools, fault="nan")
+    assert process.returncode == 1, process.stdout
+    checks = read_checks(bundle)
+    assert checks["references a"][0] == "failed"
+    assert "a mean squared difference of NaN" in checks["references a"][1]
+    assert checks["references b"][0] == "passed"
+
+
+def test_an_int64_output_is_not_compared_by_trtexec(tmp_path):
+    text = """<ir_version: 9, opset_import: ["": 19]>
+    g (float[1,4] x) => (int64[1] index, float[1,4] y)
+    <float s = {0.1}, int8 z = {0},
+     int8[4,4] w = {9, 0, 0, 0, 0, 8, 0, 0, 0, 0, 7, 0, 0, 0, 0, 6}, float ws = {0.1}>
+    {
+        q = QuantizeLinear (x, s, z)
+        d = DequantizeLinear (q, s, z)
+        wd = DequantizeLinear (w, ws, z)
+        y = MatMul (d, wd)
+        index = ArgMax <axis = 1, keepdims = 0> (y)
+    }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    x = np.array([[3, 1, -2, 1]], np.float32)
+    folder = make_bundle(tmp_path / "m.onnx", tmp_path / "bundle", inputs={"x": x}).folder
+    process = verify(folder, write_trtexec(tmp_path, "11.1.0"))
+    assert process.returncode == 0, process.stdout + process.stderr
+    checks = read_checks(folder)
+    assert checks["references index"] == ("not checked", "trtexec cannot compare int64")
+    assert checks["references y"][0] == checks["numbers index"][0] == "passed"
+
+
 def test_an_earlier_result_is_not_taken_for_this_one(bundle, tmp_path):
     (bundle / "results").mkdir()
     (bundle / "result.json").write_text("{}")
@@ -182,6 +218,22 @@ def test_what_cannot_run_is_said(bundle, tmp_path, version, reason):
     assert process.returncode == 2
     assert reason in process.stderr
     assert json.loads((bundle / "result.json").read_text())["verdict"] == "could not run"
+
+
+def test_it_works_in_its_own_folder_and_no_other(bundle, tmp_path, monkeypatch):
+    """The shell looks for a relative folder in those of CDPATH first."""
+    elsewhere = tmp_path / "elsewhere" / bundle.name
+    (elsewhere / "results").mkdir(parents=True)
+    monkeypatch.setenv("CDPATH", str(elsewhere.parent))
+    monkeypatch.chdir(bundle.parent)
+    process = verify(Path(bundle.name), tmp_path / "missing")
+    assert process.returncode == 2
+    assert read_checks(bundle)["everything"][0] == "not checked"
+    shutil.copy(bundle / "verify.sh", elsewhere)
+    process = verify(elsewhere, tmp_path / "missing")
+    assert process.returncode == 2
+    assert "has no expected.json; copy the bundle again" in process.stderr
+    assert (elsewhere / "results").is_dir()
 
 
 def test_wrong_arguments(bundle, tmp_path):
