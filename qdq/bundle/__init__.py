@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdq.build import has_type
-from qdq.bundle.archive import write_archive
+from qdq.bundle.archive import place_archive, write_archive
 from qdq.bundle.commands import BundleFacts, write_commands
 from qdq.bundle.expected import describe_bundle
 from qdq.bundle.floor import Floor, measure_floor, measure_sqnr, run_pairs
@@ -23,6 +23,7 @@ from qdq.bundle.folder import (
     list_digests,
     name_array,
     replace_folder,
+    require_outside,
     require_place,
 )
 from qdq.bundle.models import FLOAT, HALF_FLOAT, Variants, make_variants
@@ -46,7 +47,7 @@ _TARGET = Path(__file__).parent / "target"
 _TARGET_FILES = ("verify.sh", "verify.py", "README.txt")
 _COMMANDS_FILE = "commands.sh"
 # trtexec separates names with commas.
-_TENSOR_NAME = re.compile(r"[\w./:-]+")
+_TENSOR_NAME = re.compile(r"[\w./:-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def make_bundle(
         archive: Also write `OUTPUT.tar.gz`.
 
     Raises:
-        ArgumentError: There is no such source, it lacks inputs, names that trtexec cannot take, or a folder with other
-            files.
+        ArgumentError: There is no such source, it is in the folder, it lacks inputs, names that trtexec cannot take, or
+            a folder with other files.
         CheckError: The file cannot be read or run, or does not compute its references.
         DataError: The references of the run cannot be read or are of another file.
         ExportError: The network without Q/DQ cannot be made.
@@ -132,8 +133,9 @@ def make_bundle(
     if count < 1:
         raise ArgumentError(f"count is {count}; it must be 1 or more.", "use 8.")
     require_place(output)
-    packed_path = output.with_name(f"{output.name}.tar.gz")
-    guard_files(inputs=[source], outputs=[packed_path] if archive else [])
+    require_outside(output, [source])
+    archive_path = place_archive(output) if archive else None
+    guard_files(inputs=[source], outputs=[archive_path])
     onnx = source / MODEL_FILE if source.is_dir() else source
     model = _load(onnx)
     if inputs is None:
@@ -182,10 +184,11 @@ def make_bundle(
         write_atomic(staged / EXPECTED_FILE, json.dumps(expected, indent=1) + "\n")
         sizes = replace_folder(staged, output)
 
-    packed = None
-    if archive:
-        packed = write_archive(output, list(sizes), packed_path)
-    return BundleReport(output, packed, sizes, len(pairs), origin, floors, layers, variants.notes)
+    if archive_path is not None:
+        write_archive(output, list(sizes), archive_path)
+    return BundleReport(
+        output, archive_path, sizes, len(pairs), origin, floors, layers, variants.notes
+    )
 
 
 def _list_types(layers: Sequence[LayerCoverage]) -> list[str]:

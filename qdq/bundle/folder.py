@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ EXPECTED_FILE = "expected.json"
 RESULT_FILE = "result.json"
 
 _FIX = "choose another folder with -o."
-_UNSAFE = re.compile(r"[^\w.-]")
+# ASCII: JSON escapes other letters, which verify.sh does not read.
+_UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 
 
 class _Listing(TypedDict):
@@ -47,6 +49,21 @@ def require_place(folder: Path) -> None:
             f"{printable(folder)} holds files and is not a bundle: it has no {EXPECTED_FILE} that qdq wrote.",
             _FIX,
         )
+
+
+def require_outside(folder: Path, inputs: Iterable[Path]) -> None:
+    """Refuse inputs of the command in the folder of the bundle, which would replace them.
+
+    Raises:
+        ArgumentError: One is in the folder, or is the folder.
+    """
+    for path in inputs:
+        resolved = path.resolve()
+        if folder.resolve() in (resolved, *resolved.parents):
+            raise ArgumentError(
+                f"{printable(path)} is in {printable(folder)}, the folder that is written, and could be overwritten.",
+                _FIX,
+            )
 
 
 def name_array(pair: int, position: int, name: str) -> str:

@@ -43,6 +43,7 @@ def bundle(
         json: Also write the report to this file.
     """
     from qdq.bundle import make_bundle
+    from qdq.bundle.folder import require_outside
     from qdq.cli.arrays import load_arrays
     from qdq.files import write_json
     from qdq.graph.tensors import list_data_files
@@ -52,7 +53,10 @@ def bundle(
     guard_command(
         inputs=[*list_run_files(source), *list_data_files(source), inputs], outputs=[json]
     )
-    samples = None if inputs is None else load_arrays(inputs)
+    samples = None
+    if inputs is not None:
+        require_outside(output, [inputs])
+        samples = load_arrays(inputs)
     report = make_bundle(
         source, output, inputs=samples, count=pairs, with_float=with_float, archive=archive
     )

@@ -14,6 +14,9 @@ from small_bundle import TwoHeads
 
 import qdq
 from qdq.bundle import make_bundle
+from qdq.bundle.archive import write_archive
+from qdq.bundle.folder import name_array
+from qdq.cli.arrays import load_arrays
 from qdq.cli.main import main
 from qdq.pairs import load_pairs, save_pairs
 
@@ -129,8 +132,44 @@ class TestDeterminism:
             text = archive.extractfile("bundle/verify.sh").read()
         assert text == (made.folder / "verify.sh").read_bytes()
 
+    def test_a_tensor_of_any_name(self, tmp_path):
+        """A name in 100 characters is all that the oldest format of tar takes; JSON escapes other letters."""
+        name = name_array(0, 0, f"größe/{'long' * 40}")
+        assert name == f"0.0.gr__e_{'long' * 40}"
+        (tmp_path / name).write_bytes(b"x")
+        archives = [write_archive(tmp_path, [name], tmp_path / file).read_bytes() for file in "ab"]
+        assert archives[0] == archives[1]
+        with tarfile.open(fileobj=io.BytesIO(archives[0])) as archive:
+            assert archive.getnames() == [f"{tmp_path.name}/{name}"]
+
 
 class TestPlaces:
+    def test_the_current_folder(self, run_folder, tmp_path, monkeypatch):
+        folder = tmp_path / "here"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert make_bundle(run_folder, ".", count=1).archive is None
+        report = make_bundle(run_folder, ".", count=1, archive=True)
+        assert report.archive == tmp_path / "here.tar.gz"
+        with tarfile.open(report.archive) as archive:
+            assert "here/verify.sh" in archive.getnames()
+
+    def test_a_source_or_inputs_in_the_folder_are_refused(self, made, tmp_path, capsys):
+        folder = shutil.copytree(made.folder, tmp_path / "bundle")
+        before = contents(folder)
+        inputs = {"x": np.zeros((1, 3, 8, 8), np.float32)}
+        for source in (folder, folder / "model.onnx"):
+            with pytest.raises(qdq.ArgumentError, match="the folder that is written"):
+                make_bundle(source, folder, inputs=inputs)
+        shutil.copy(folder / "model.onnx", tmp_path)
+        np.savez(folder / "inputs" / "x.npz", **inputs)
+        flags = ["-o", str(folder), "--inputs", str(folder / "inputs" / "x.npz")]
+        with pytest.raises(SystemExit):
+            main(["bundle", str(tmp_path / "model.onnx"), *flags])
+        assert "x.npz is in" in capsys.readouterr().err
+        (folder / "inputs" / "x.npz").unlink()
+        assert contents(folder) == before
+
     def test_an_earlier_bundle_is_replaced_and_other_files_stay(self, made, run_folder, tmp_path):
         folder = shutil.copytree(made.folder, tmp_path / "bundle")
         (folder / "results").mkdir()
@@ -180,6 +219,19 @@ class TestPlaces:
 
 
 class TestSources:
+    @pytest.mark.parametrize("kind", ["empty", "cut off", "one array"])
+    def test_a_damaged_file_of_inputs(self, tmp_path, kind):
+        path = tmp_path / "x.npz"
+        np.savez(path, x=np.zeros(1000))
+        if kind == "one array":
+            np.save(tmp_path / "x.npy", np.zeros(3))
+            path = tmp_path / "x.npy"
+        else:
+            path.write_bytes(path.read_bytes()[: 500 if kind == "cut off" else 0])
+        with pytest.raises(qdq.DataError, match=r"cannot read .* as \.npz") as e:
+            load_arrays(path)
+        assert "numpy.savez" in e.value.fix
+
     def test_an_onnx_file_with_inputs(self, run_folder, tmp_path, capsys):
         x = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)
         np.savez(tmp_path / "x.npz", x=x)
