@@ -90,7 +90,7 @@ class CheckReport:
         parity: Against torch, None if no outputs were given.
         validity: Whether it is valid ONNX, with the verdicts of onnx and ONNX Runtime.
         default_parity: Of ONNX Runtime's default session against the plain one, None if its outputs were not given.
-        payoff: Predicted times in int8 and fp16, None if no GPU was given or the file does not show its sizes.
+        payoff: Predicted times of the file and in fp16, None if no GPU was given or the file does not show its sizes.
     """
 
     path: Path
@@ -224,8 +224,8 @@ def check_onnx(
         found_default: Likewise, in ONNX Runtime's default session (`predictor.predict` with `session="default"`).
         tie_floor_db: SQNR with an error from ties only (`evaluate.measure_tie_floor`), so that ties do not count as a
             fault; for several outputs by name.
-        gpu: Also predict whether int8 pays on this GPU ("l4", "orin" ...; `qdq.roofline.GPUS`). A file without Q/DQ
-            has nothing to predict.
+        gpu: Also predict whether int8 or FP8 pays on this GPU ("l4", "orin" ...; `qdq.roofline.GPUS`). A file without
+            Q/DQ has nothing to predict.
         sm: Compute capability of the GPU that the file is for, 89 for 8.9; by default that of `gpu`. With it, types of
             codes that the GPU lacks are findings.
         select: Ids of the only rules to apply, such as "QDQ112"; all if empty.

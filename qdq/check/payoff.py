@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -17,7 +17,7 @@ from qdq.roofline import KERNEL_MICROSECONDS, Gpu, NumberType, estimate_kernel, 
 from qdq.text import printable
 
 WORTHWHILE_RATIO = 1.05
-"""Below this int8 does not pay: 5 % is what two measurements of one engine may differ by."""
+"""Below this int8 or FP8 does not pay: 5 % is what two measurements of one engine may differ by."""
 
 _SHOWN_LAYERS = 5
 _LARGE_FRACTION = 0.05
@@ -43,7 +43,7 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Loss:
-    """A part of the time that int8 need not take.
+    """A part of the time that the file need not take.
 
     Args:
         microseconds: How much.
@@ -67,10 +67,13 @@ class Payoff:
         int8: The file with the types that it has: what TensorRT 11 and TensorRT-RTX run.
         int8_half_rest: The file with its float part in fp16: what `trtexec --int8 --fp16` up to TensorRT 10 runs.
         num_kernels: Kernels that are expected of the file.
-        layers: The layers that decide: the largest differences between int8 and fp16.
-        losses: What int8 loses its time with, the largest first.
+        layers: The layers that decide: the largest differences between the file and fp16.
+        losses: What the file loses its time with, the largest first.
         num_unknown: Kernels that are not counted, because a size or the work is not in the file.
         types: The types below 16 bit in which products run, by TensorRT's names; int8 if there are none.
+        word: They for texts, such as "int8 and FP8".
+        ratio: How many times as fast as fp16 the file is.
+        pays: Whether it is faster by more than two measurements may differ.
     """
 
     gpu: str
@@ -83,21 +86,15 @@ class Payoff:
     losses: tuple[Loss, ...]
     num_unknown: int
     types: tuple[str, ...] = ("Int8",)
+    word: str = field(init=False)
+    ratio: float = field(init=False)
+    pays: bool = field(init=False)
 
-    @property
-    def word(self) -> str:
-        """The types for texts, such as "int8 and FP8"."""
-        return " and ".join(map(word_of, self.types))
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast as fp16 the file is."""
-        return self.float16 / self.int8
-
-    @property
-    def pays(self) -> bool:
-        """Whether the file is faster by more than two measurements may differ."""
-        return self.ratio >= WORTHWHILE_RATIO
+    def __post_init__(self) -> None:
+        """Set what follows from the times. These are fields, so that the JSON files have them."""
+        object.__setattr__(self, "word", " and ".join(map(word_of, self.types)))
+        object.__setattr__(self, "ratio", self.float16 / self.int8)
+        object.__setattr__(self, "pays", self.ratio >= WORTHWHILE_RATIO)
 
     def format_table(self) -> str:
         """The times, then the layers that decide."""
@@ -268,7 +265,7 @@ def _choose_layers(float16: _Schedule, int8: _Schedule) -> Iterator[LayerTime]:
 
 
 def _list_losses(float16: _Schedule, int8: _Schedule, half_rest: _Schedule) -> list[Loss]:
-    """What int8 loses at least 5 % of its time with, the largest first."""
+    """What a file loses at least 5 % of its time with, the largest first."""
     losses = [
         Loss(
             int8.total - half_rest.total,

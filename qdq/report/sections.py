@@ -186,6 +186,10 @@ class Payoff(TypedDict):
     float16: Size
     int8: Size
     int8_half_rest: Size
+    num_unknown: int
+    word: str
+    ratio: Size
+    pays: bool
     layers: list[LayerTime]
 
 

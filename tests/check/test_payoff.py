@@ -162,6 +162,8 @@ def test_the_command(tmp_path, paying, capsys):
     stored = json.loads((tmp_path / "c.json").read_text())["payoff"]
     assert stored["gpu"] == "t4"
     assert len(stored["layers"]) == 5
+    assert stored["ratio"] == pytest.approx(stored["float16"] / stored["int8"])
+    assert (stored["word"], stored["pays"]) == ("int8", True)
     assert check_onnx(path).payoff is None
     assert run("check", path, "--gpu", "v100") == 2
     with pytest.raises(ArgumentError, match="expected one of"):

@@ -6,7 +6,9 @@ import pytest
 from made_report import make_report
 
 import qdq
+from qdq.check.payoff import LayerTime, Payoff
 from qdq.cli.main import main
+from qdq.files import to_jsonable
 from qdq.report.load import parse_report
 from qdq.report.page import render_report
 from qdq.report.targets import list_target_rows, load_targets
@@ -80,12 +82,19 @@ def test_predicted_times_are_shown(tmp_path):
         "gpu": "l4",
         "inputs": {"x": "1x3"},
         "float16": 1500.0,
-        "int8": 1000.0,
+        "int8": 1500.0,
         "int8_half_rest": 1000.0,
     }
-    content["check"]["payoff"] = {**times, "layers": layers, "losses": []}
+    figures = {"num_kernels": 3, "num_unknown": 2, "losses": (), "types": ("FP8",)}
+    payoff = Payoff(layers=(LayerTime(**layers[0]),), **times, **figures)
+    content["check"]["payoff"] = to_jsonable(payoff)
     page = render_report(parse_report(content, tmp_path / "report.json"))
-    assert "Predicted on l4 from data sheets, for x 1x3: fp16 1.500 ms, int8 1.000 ms." in page
+    assert (
+        "Predicted on l4 from data sheets, for x 1x3: fp16 1.500 ms, FP8 1.500 ms, 1.00 times as fast; with the float "
+        "part in fp16 1.000 ms, 1.50 times as fast. 2 kernels of unknown size are not counted. That does not pay "
+        "(QDQ150). The layers" in page
+    )
+    assert "Will FP8 pay" in page
     assert "<td>31.2</td><td>4.5</td>" in page
     assert "conv2/&lt;b&gt;Conv" in page
 

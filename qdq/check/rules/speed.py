@@ -1,10 +1,10 @@
-"""A file that is no faster than its float network: QDQ150."""
+"""A file that is hardly faster than its float network, or slower: QDQ150."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qdq.check.payoff import Payoff
+from qdq.check.payoff import WORTHWHILE_RATIO, Payoff
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import GraphView
 
@@ -14,12 +14,13 @@ _SHOWN_LOSSES = 2
 @register_rule(
     "QDQ150",
     "warning",
-    "On the chosen GPU, int8 is expected to be no faster than the same network in fp16.",
-    "int8 costs accuracy and pays with time. Kernels that only convert, a float part in fp32, attention in several "
-    "kernels and layers too small for the GPU take back what the int8 products win.",
+    f"On the chosen GPU, the file is expected to be less than {WORTHWHILE_RATIO} times as fast as the same network in "
+    "fp16.",
+    "int8 and FP8 cost accuracy and pay with time. Kernels that only convert, a float part in fp32, attention in "
+    "several kernels and layers too small for the GPU take back what the quantized products win.",
     "predicted by check_onnx where a GPU is given, from data sheets; docs/check.md compares it with published times",
 )
-def _int8_does_not_pay(view: GraphView) -> Iterator[Flaw]:
+def _quantization_does_not_pay(view: GraphView) -> Iterator[Flaw]:
     """Name the graph, if a GPU was given."""
     payoff = view.payoff
     if payoff is None or payoff.pays:
