@@ -89,10 +89,10 @@ class Engine:
         """Run once.
 
         Args:
-            *inputs: Arrays in the order of `inputs`.
+            *inputs: Arrays in the order of `inputs`; for bfloat16, which numpy does not have, float32.
 
         Returns:
-            The outputs; bfloat16, which numpy does not have, as float32.
+            The outputs; bfloat16 as float32.
 
         Raises:
             DataError: The inputs do not fit the engine, or the shape of an output depends on their values.
@@ -146,6 +146,8 @@ class Engine:
         """
         type_name, dtype = self._type_of(name)
         tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+        if dtype == torch.bfloat16 and tensor.dtype == torch.float32:  # numpy has no bfloat16
+            tensor = tensor.to(dtype)
         if tensor.dtype != dtype:
             raise DataError(
                 f"the input {printable(name)} is {array.dtype}; {printable(self.path)} takes {type_name}.",

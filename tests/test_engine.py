@@ -9,6 +9,7 @@ import math
 import sys
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -26,7 +27,7 @@ from qdq.metrics import sqnr_db
 
 INPUT, OUTPUT = "INPUT", "OUTPUT"
 WORDS = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64"}
-ARRAYS = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
+ARRAYS = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "BF16": ml_dtypes.bfloat16}
 
 
 class PretendedContext:
@@ -48,7 +49,11 @@ class PretendedContext:
     def execute_async_v3(self, stream):
         """Only remembers it, as a GPU may: the outputs are there after the stream was waited for."""
         assert stream == 7
-        feeds = {name: self.view(name, shape).copy() for name, shape in self.shapes.items()}
+        feeds = {}
+        for name, shape in self.shapes.items():
+            array = self.view(name, shape)
+            is_bfloat16 = array.dtype == ARRAYS["BF16"]
+            feeds[name] = array.astype(np.float32) if is_bfloat16 else array.copy()
         self.launched.append(feeds)
         return True
 
@@ -185,11 +190,11 @@ def files(batches, tmp_path_factory):
 
 def test_an_engine_gives_what_the_file_gives(files, batches, package):
     onnx_path, engine, _ = files
-    expected, found = qdq.predict(onnx_path, batches), qdq.predict(engine, batches)
-    assert found.keys() == expected.keys() == {"features", "sums"}
+    expected, outputs = qdq.predict(onnx_path, batches), qdq.predict(engine, batches)
+    assert outputs.keys() == expected.keys() == {"features", "sums"}
     for name, array in expected.items():
-        assert found[name].shape == array.shape
-        assert sqnr_db(array, found[name]) > 60, name
+        assert outputs[name].shape == array.shape
+        assert sqnr_db(array, outputs[name]) > 60, name
 
 
 def test_the_predictor_of_one_batch(files, batches, package):
@@ -206,10 +211,23 @@ def test_float16_stays_float16_on_the_device(tmp_path, package):
     path = tmp_path / "half.plan"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     x = torch.randn(3, 4).half()
-    found = qdq.predict(path, [x])
-    assert (found.dtype, found.tolist()) == (np.float32, x.relu().float().tolist())
+    output = qdq.predict(path, [x])
+    assert (output.dtype, output.tolist()) == (np.float32, x.relu().float().tolist())
     with pytest.raises(qdq.DataError, match=r"x is float32; .*takes tensor\(float16\)"):
         qdq.predict(path, [x.float()])
+
+
+def test_an_engine_in_bfloat16_takes_float32(tmp_path, package, monkeypatch):
+    monkeypatch.setitem(WORDS, "tensor(float)", "BF16")
+    text = """<ir_version: 9, opset_import: ["": 17]>
+    g (float[N,4] x) => (float[N,4] y) { y = Relu (x) }"""
+    path = tmp_path / "bfloat16.plan"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    x = torch.randn(3, 4)
+    expected = x.bfloat16().relu().float().tolist()
+    for batch in (x, x.bfloat16()):
+        output = qdq.predict(path, [batch])
+        assert (output.dtype, output.tolist()) == (np.float32, expected)
 
 
 def test_batches_that_the_engine_was_not_built_for(files, batches, package):
@@ -269,6 +287,6 @@ def test_a_real_engine_is_as_close_as_ties_allow(files, batches, tmp_path):
     engine = tmp_path / "model.rtx.engine"
     sm = qdq.find_sm(torch.device("cuda"))
     qdq.build_engine(onnx_path, engine, backend="rtx", sm=sm)
-    expected, found = qdq.predict(onnx_path, batches), qdq.predict(engine, batches)
+    expected, outputs = qdq.predict(onnx_path, batches), qdq.predict(engine, batches)
     floors = qdq.measure_tie_floor(model, batches, expected=qdq.predict(model, batches))
-    assert measure_parity(expected, found, floors).failures == {}
+    assert measure_parity(expected, outputs, floors).failures == {}
