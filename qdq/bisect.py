@@ -103,7 +103,7 @@ def bisect_pairs(
 
     Raises:
         ArgumentError: The file has no Q/DQ, or other inputs.
-        CheckError: The file cannot be read.
+        CheckError: The file cannot be read, or the inputs have other shapes or types.
         DependencyError: No TensorRT can build here.
         ExportError: A pair cannot be removed, as its scale is computed.
     """
@@ -124,7 +124,8 @@ def bisect_pairs(
             test = _Builder(Path(folder) / "model.engine", backend, sm)
         else:
             question = "computes the same in ONNX Runtime's default session"
-            test = _Comparer(dict(inputs))
+            _run_file(OnnxModel(path), inputs)  # an error then names the file, not a copy
+            test = _Comparer(inputs)
         with tqdm(desc="bisect", unit="file", disable=None) as bar:
             search = _Search(model, pairs, test, Path(folder) / "model.onnx", bar)
             reason = search.explain([])
@@ -243,13 +244,13 @@ class _Builder:
 class _Comparer:
     """Compares the two sessions of ONNX Runtime; see `_Test`."""
 
-    def __init__(self, inputs: dict[str, Array]) -> None:
+    def __init__(self, inputs: Mapping[str, Array]) -> None:
         self._inputs = inputs
 
     def __call__(self, path: Path) -> str:
-        plain = self._run(OnnxModel(path))
+        plain = _run_file(OnnxModel(path), self._inputs)
         try:
-            default = self._run(OnnxModel(path, session="default"))
+            default = _run_file(OnnxModel(path, session="default"), self._inputs)
         except CheckError as error:
             return error.message.replace(str(path), "the file")
         floors = measure_floor(ir.load(path), [Pair(self._inputs, plain, {})])
@@ -258,15 +259,21 @@ class _Comparer:
                 return f"output {name} has {decibels:.1f} dB against the session that computes what is written"
         return ""
 
-    def _run(self, file: OnnxModel) -> dict[str, Array]:
-        missing = file.inputs.keys() ^ self._inputs.keys()
-        if missing:
-            raise ArgumentError(
-                f"the inputs given are {sorted(self._inputs)}, those of the file {sorted(file.inputs)}.",
-                "give an array for each input.",
-            )
-        outputs = file(*(self._inputs[name] for name in file.inputs))
-        return dict(zip(file.outputs, outputs, strict=True))
+
+def _run_file(file: OnnxModel, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs of a file by name.
+
+    Raises:
+        ArgumentError: Inputs of other names.
+        CheckError: Inputs of other shapes or types.
+    """
+    if file.inputs.keys() != inputs.keys():
+        raise ArgumentError(
+            f"the inputs given are {sorted(inputs)}, those of the file {sorted(file.inputs)}.",
+            "give an array for each input.",
+        )
+    outputs = file(*(inputs[name] for name in file.inputs))
+    return dict(zip(file.outputs, outputs, strict=True))
 
 
 def _is_below(decibels: float, floor: Floor | None) -> bool:

@@ -1,12 +1,14 @@
 """`bisect_pairs`; the truth is which pair of the graph was made wrong."""
 
+import re
+
 import numpy as np
 import onnx
 import pytest
 
 import qdq
 from qdq.cli import main as cli
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, CheckError
 
 LAYERS = 4
 
@@ -93,6 +95,10 @@ def test_numbers_that_agree(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(ArgumentError, match="the inputs given are \\['y'\\], those of the file"):
         qdq.bisect_pairs(write(tmp_path), inputs={"y": np.zeros(1, np.float32)})
+    path = write(tmp_path)
+    for x in (np.zeros((4, 16, 3, 2), np.float32), np.zeros((4, 16, 3, 3))):
+        with pytest.raises(CheckError, match=re.escape(f"cannot run {path}: ")):
+            qdq.bisect_pairs(path, inputs={"x": x})
     text = '<ir_version: 10, opset_import: ["": 19]>\ng (float[4] x) => (float[4] y) {y = Relu(x)}'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "float.onnx")
     with pytest.raises(ArgumentError, match="has no Q/DQ"):
