@@ -121,7 +121,7 @@ def gate_run(
             run's own float model.
         targets: Files result.json that `verify.sh` of the run's bundle wrote. No check in them may have failed.
         min_speedup: Smallest time of the float16 engine over that of the quantized engine; the worst target counts.
-        max_latency_ms: Largest time of the int8 engine, in ms; the worst target counts.
+        max_latency_ms: Largest time of the quantized engine, in ms; the worst target counts.
 
     Raises:
         ArgumentError: No limit, a limit out of its range, only one of a baseline and a limit that compares with it, or

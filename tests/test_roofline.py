@@ -1,5 +1,7 @@
 """The time of a kernel, against figures computed by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from qdq import ArgumentError
@@ -74,6 +76,15 @@ def test_rates_of_every_gpu_are_ordered():
 def test_an_unknown_gpu():
     with pytest.raises(ArgumentError, match=r"gpu is 'v100'; expected one of a10, .*t4"):
         find_gpu("v100")
+
+
+@pytest.mark.parametrize(
+    ("file", "count"), [("qdq/cli/check.py", 1), ("qdq/cli/analyze.py", 1), ("docs/cli.md", 2)]
+)
+def test_the_help_lists_every_gpu(file, count):
+    text = (Path(__file__).parents[1] / file).read_text().replace("`", "")
+    *names, last = GPUS
+    assert " ".join(text.split()).count(f": {', '.join(names)} or {last}") == count
 
 
 def test_the_compute_capability_is_that_of_the_gpu():

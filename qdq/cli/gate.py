@@ -63,7 +63,7 @@ def gate(
             failed.
         min_speedup: Smallest time of the float engine over that of the quantized engine; the worst target
             counts.
-        max_latency_ms: Largest time of the int8 engine, in ms; the worst target counts.
+        max_latency_ms: Largest time of the quantized engine, in ms; the worst target counts.
         junit: Also write the result to this file, as JUnit XML.
         json: Also write the result to this file.
     """

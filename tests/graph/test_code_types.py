@@ -37,7 +37,10 @@ g (float[4] x) => (y)
 
 def _types_at(opset):
     schema = onnx.defs.get_schema("DequantizeLinear", opset, "")
-    constraints = {each.type_param_str: each.allowed_type_strs for each in schema.type_constraints}
+    constraints = {
+        constraint.type_param_str: constraint.allowed_type_strs
+        for constraint in schema.type_constraints
+    }
     return constraints.get("T1", constraints.get("T"))
 
 
