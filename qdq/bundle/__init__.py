@@ -57,6 +57,7 @@ class BundleReport:
     Args:
         folder: The folder.
         archive: The `.tar.gz`, or None.
+        archive_bytes: Its size; 0 if there is none.
         files: Its files -> bytes.
         pairs: Number of inputs with references.
         source: Where the references come from.
@@ -67,6 +68,7 @@ class BundleReport:
 
     folder: Path
     archive: Path | None
+    archive_bytes: int
     files: dict[str, int]
     pairs: int
     source: str
@@ -92,7 +94,7 @@ class BundleReport:
             lines.append(f"output {name}: {limit}")
         lines += [f"note: {note}" for note in self.notes]
         if self.archive is not None:
-            lines.append(f"{self.archive}: {self.archive.stat().st_size / 1e6:.1f} MB")
+            lines.append(f"{self.archive}: {self.archive_bytes / 1e6:.1f} MB")
         lines.append("on the target: sh verify.sh")
         return "\n".join(lines)
 
@@ -184,10 +186,19 @@ def make_bundle(
         write_atomic(staged / EXPECTED_FILE, json.dumps(expected, indent=1) + "\n")
         sizes = replace_folder(staged, output)
 
+    archive_bytes = 0
     if archive_path is not None:
-        write_archive(output, list(sizes), archive_path)
+        archive_bytes = write_archive(output, list(sizes), archive_path).stat().st_size
     return BundleReport(
-        output, archive_path, sizes, len(pairs), origin, floors, layers, variants.notes
+        folder=output,
+        archive=archive_path,
+        archive_bytes=archive_bytes,
+        files=sizes,
+        pairs=len(pairs),
+        source=origin,
+        floors=floors,
+        layers=layers,
+        notes=variants.notes,
     )
 
 

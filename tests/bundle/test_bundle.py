@@ -19,6 +19,7 @@ from qdq.bundle.folder import name_array
 from qdq.cli.arrays import load_arrays
 from qdq.cli.main import main
 from qdq.pairs import load_pairs, save_pairs
+from qdq.text import make_printable
 
 REFERENCES = "references.safetensors"
 
@@ -145,14 +146,15 @@ class TestDeterminism:
 
 class TestPlaces:
     def test_the_current_folder(self, run_folder, tmp_path, monkeypatch):
-        folder = tmp_path / "here"
+        folder = tmp_path / "he\nre"
         folder.mkdir()
         monkeypatch.chdir(folder)
         assert make_bundle(run_folder, ".", count=1).archive is None
         report = make_bundle(run_folder, ".", count=1, archive=True)
-        assert report.archive == tmp_path / "here.tar.gz"
+        assert report.archive == tmp_path / "he\nre.tar.gz"
+        assert "he\\nre.tar.gz: 0.0 MB" in make_printable(report).format_table()
         with tarfile.open(report.archive) as archive:
-            assert "here/verify.sh" in archive.getnames()
+            assert "he\nre/verify.sh" in archive.getnames()
 
     def test_a_source_or_inputs_in_the_folder_are_refused(self, made, tmp_path, capsys):
         folder = shutil.copytree(made.folder, tmp_path / "bundle")
