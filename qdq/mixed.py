@@ -292,11 +292,11 @@ def _apply(model: nn.Module, group: Unit, chosen: str, ranges: _Ranges) -> None:
 def _disable_calls(model: nn.Module, group: Unit) -> None:
     """Switch off the quantizers that serve int8 only: those of layers without a weight and of sums."""
     modules = dict(model.named_modules())
-    quantizers_of_layers: set[TensorQuantizer] = set()
+    kept: set[TensorQuantizer] = set()
     for name in group.layers:
         layer = modules[name]
         if isinstance(layer, QuantMixin):
-            quantizers_of_layers.update(layer.quantizers().values())
+            kept.update(layer.quantizers().values())
     for quantizer in group.quantizers:
-        if quantizer not in quantizers_of_layers:
+        if quantizer not in kept:
             quantizer.disable()
