@@ -149,9 +149,7 @@ def _compare_node(expected: ir.Node, actual: ir.Node, unpaired: Set[str]) -> Ite
         yield f"{name} is {actual.op_type}, a fresh export has {expected.op_type}"
         return
     for key in sorted({*expected.attributes, *actual.attributes}):
-        values = [_read_attribute(node, key) for node in (expected, actual)]
-        if values[0] != values[1]:
-            yield f"{name} has {key} {values[1]}, a fresh export has {values[0]}"
+        yield from _compare_attributes(name, key, expected, actual)
     sources = [list(map(_name_source, node.inputs)) for node in (expected, actual)]
     if sources[0] != sources[1] and sorted(sources[0]) == sorted(sources[1]):
         yield f"the inputs of {name} are in another order: {sources[1]}, a fresh export has {sources[0]}"
@@ -193,6 +191,22 @@ def _name_source(value: ir.Value | None) -> str:
     return str(producer.name)
 
 
+def _compare_attributes(
+    name: str | None, key: str, expected: ir.Node, actual: ir.Node
+) -> Iterator[str]:
+    """The difference of an attribute of two nodes. Graphs in attributes are not compared."""
+    first, second = (_read_attribute(node, key) for node in (expected, actual))
+    if isinstance(first, ir.TensorProtocol) and isinstance(second, ir.TensorProtocol):
+        difference = compare_constants(first.numpy(), second.numpy())
+        if difference:
+            yield f"{key} of {name} {difference}"
+        return
+    if isinstance(first, ir.Graph) and isinstance(second, ir.Graph):
+        return
+    if first != second:
+        yield f"{name} has {key} {second}, a fresh export has {first}"
+
+
 def _read_attribute(node: ir.Node, key: str) -> Any:
     attribute = node.attributes.get(key)
     if attribute is None:
@@ -212,8 +226,10 @@ def compare_constants(expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> s
     if expected.shape != actual.shape:
         return f"has shape {list(actual.shape)}, a fresh export has {list(expected.shape)}"
     first, second = expected.astype(np.float64), actual.astype(np.float64)
-    if np.allclose(first, second, rtol=_EQUAL, atol=0):
+    if np.allclose(first, second, rtol=_EQUAL, atol=0, equal_nan=True):
         return ""
+    if (np.isfinite(first) & ~np.isfinite(second)).any():
+        return "has NaN or infinite values"
     if not second.any():
         return "is all zero"
     if first.size == 1:
@@ -224,8 +240,9 @@ def compare_constants(expected: npt.NDArray[Any], actual: npt.NDArray[Any]) -> s
     factors = _find_factors(first, second)
     if factors is not None:
         return factors
-    differing = int(np.count_nonzero(~np.isclose(first, second, rtol=_EQUAL, atol=0)))
-    largest = float(np.abs(first - second).max())
+    is_close = np.isclose(first, second, rtol=_EQUAL, atol=0, equal_nan=True)
+    differing = int(np.count_nonzero(~is_close))
+    largest = float(np.abs(first - second)[~is_close].max())
     return f"differs in {differing} of {first.size} values, by at most {largest:.3g}"
 
 
@@ -249,6 +266,8 @@ def _find_reordering(expected: Array, actual: Array) -> str:
 
 def _find_factors(expected: Array, actual: Array) -> str | None:
     """By which factors one array is the other; None if it is not a multiple along its first axis."""
+    if not np.isfinite(expected).all() or not np.isfinite(actual).all():
+        return None
     rows, others = expected.reshape(len(expected), -1), actual.reshape(len(expected), -1)
     norms = np.sum(rows**2, axis=1)
     if not norms.all():

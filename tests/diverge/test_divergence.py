@@ -245,6 +245,8 @@ def test_bad_input(exported, tmp_path):
         ),
         (lambda w: w[:2], "has shape [2, 3], a fresh export has [3, 3]"),
         (lambda w: w + np.eye(3), "differs in 3 of 9 values, by at most 1"),
+        (lambda w: w * np.array([[1], [2], [np.nan]]), "has NaN or infinite values"),
+        (lambda w: w * np.array([[1], [np.inf], [1]]), "has NaN or infinite values"),
         (lambda w: w, ""),
     ],
 )
@@ -252,6 +254,24 @@ def test_differences_of_constants(change, text):
     weight = np.random.default_rng(0).normal(size=(3, 3))
     assert compare_constants(weight, change(weight)).startswith(text)
     assert bool(text) == bool(compare_constants(weight, change(weight)))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "are those of a fresh export"), (2, "value of fill is 2, a fresh export has 0")],
+)
+def test_tensor_attributes_are_compared_by_value(value, text):
+    graphs = []
+    for content in (0, value):
+        shape = ir.val("shape", ir.DataType.INT64, [1])
+        tensor = ir.tensor(np.array([content], np.float32))
+        fill = ir.node("ConstantOfShape", [shape], {"value": tensor}, name="fill")
+        fill.outputs[0].name = "filled"
+        graph = ir.Graph([shape], fill.outputs, nodes=[fill], opset_imports={"": 17})
+        graphs.append(ir.Model(graph, ir_version=8))
+    causes = compare_graphs(*graphs, Site("filled", kind="output"))
+    assert len(causes) == 1
+    assert text in causes[0]
 
 
 @pytest.mark.parametrize(
