@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from qdq.diverge.places import find_places
 from qdq.diverge.record import list_layers, list_quantizers
 from qdq.diverge.result import Divergence as Divergence
 from qdq.diverge.result import TensorDistance as TensorDistance
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, DataError
 from qdq.files import as_path
 from qdq.forward import require_model
 from qdq.metrics import Array
@@ -54,7 +54,7 @@ def find_divergence(
     Raises:
         ArgumentError: No quantizer of the model is in the file.
         CheckError: The file cannot be read or run.
-        DataError: No batch, or no dump.
+        DataError: No batch, no dump that fits the first one, or no tensor that can be compared.
     """
     require_model(model)
     path = as_path(onnx, "onnx")
@@ -65,10 +65,10 @@ def find_divergence(
     tensors: Mapping[str, Array] = {}
     ignored: tuple[str, ...] = ()
     if dumps is not None:
-        places = find_places(loaded.model, quantizers, layers, add_outputs=False)
-        content = read_dumps(as_path(dumps, "dumps"), places.list_values(loaded.model))
-        tensors, ignored = content.tensors, content.ignored
         batches = batches[:1]
+        shapes = _measure_shapes(loaded.model, quantizers, layers, batches[0])
+        content = read_dumps(as_path(dumps, "dumps"), shapes)
+        tensors, ignored = content.tensors, content.ignored
 
     with FileRun(loaded.model, quantizers, layers, tensors) as file:
         if not file.places.quantizers:
@@ -81,6 +81,11 @@ def find_divergence(
         for batch in tqdm(batches, desc="diverge", unit="batch", disable=None):
             comparison.add(batch)
         rows = comparison.conclude()
+        if not rows:
+            raise DataError(
+                f"no tensor of {printable(path)} could be compared with torch.",
+                "give the model that was exported, and all tensors that the engine dumped.",
+            )
         last = comparison.last
 
     result = Divergence(
@@ -100,6 +105,17 @@ def find_divergence(
         *find_causes(model, loaded.model, batches[0], site),
     ]
     return replace(result, causes=tuple(causes))
+
+
+def _measure_shapes(
+    model: ir.Model, quantizers: Collection[str], layers: Collection[str], batch: Any
+) -> dict[str, tuple[int, ...]]:
+    """Name of each tensor that may be compared -> its shape for a batch in ONNX Runtime."""
+    places = find_places(model, quantizers, layers, add_outputs=False)
+    with FileRun(model, quantizers, layers, {}) as file:
+        arrays = file(batch)
+    names = [str(value.name) for value in places.list_values(model)]
+    return {name: arrays[name].shape for name in names if name in arrays}
 
 
 def _choose_rounding(model: ir.Model, *, is_engine: bool) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from qdq.text import list_names, printable
 # an underscore for every other character. Types that numpy lacks are converted, and the name says so.
 _FILE = re.compile(r"(?:\d{4,}_)?(?P<name>.+?)(?:_to_float|_to_int8)?\.npy")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._,-]")
+_NUMBERS = "biuf"  # kinds of numpy
 _FIX = "make them with the trtexec line that `qdq diverge RUN` prints, and give the folder in which it ran."
 
 
@@ -48,35 +49,36 @@ class Dumps:
     ignored: tuple[str, ...]
 
 
-def read_dumps(folder: Path, values: Iterable[ir.Value]) -> Dumps:
+def read_dumps(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Dumps:
     """Read the dumps in a folder.
 
     Args:
         folder: The folder.
-        values: The tensors that are looked for; others are left out.
+        shapes: Name of each tensor that is looked for -> its shape for the sample; others are left out.
 
     Raises:
-        DataError: There is no such folder, or it holds no dump of these tensors.
+        DataError: There is no such folder, or it holds no dump of these tensors with these shapes.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {printable(folder)}.", _FIX)
-    by_file_name = {_UNSAFE.sub("_", str(value.name)): value for value in values}
+    by_file_name = {_UNSAFE.sub("_", name): name for name in shapes}
     tensors: dict[str, Array] = {}
     ignored = []
     for path in sorted(folder.iterdir()):
         match = _FILE.fullmatch(path.name)
-        value = by_file_name.get(match["name"]) if match else None
-        if value is None:
+        name = by_file_name.get(match["name"]) if match else None
+        if name is None:
             ignored.append(f"{printable(path.name)}: no tensor of the file has this name")
             continue
-        if str(value.name) in tensors:
+        if name in tensors:
             continue  # of a later run
         array = _read_array(path)
-        reason = _explain_misfit(array, value)
-        if reason:
-            ignored.append(f"{printable(path.name)}: {reason}")
-        else:
-            tensors[str(value.name)] = array
+        if array.shape == shapes[name]:
+            tensors[name] = array
+            continue
+        ignored.append(
+            f"{printable(path.name)}: its shape is {list(array.shape)}, for the first sample it is {list(shapes[name])}"
+        )
     if not tensors:
         raise DataError(
             f"{printable(folder)} holds no dump of a tensor of the file: "
@@ -91,17 +93,8 @@ def _read_array(path: Path) -> Array:
         array: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot read {printable(path)}: {printable(error)}.", _FIX) from error
+    if array.dtype.kind not in _NUMBERS:
+        raise DataError(
+            f"the type of {printable(path)} is {array.dtype}, expected numbers or booleans.", _FIX
+        )
     return array
-
-
-def _explain_misfit(array: Array, value: ir.Value) -> str:
-    """Why an array cannot be the value; "" if it can."""
-    if value.shape is None:
-        return ""
-    sizes = list(value.shape)
-    fits = len(sizes) == array.ndim
-    for size, length in zip(sizes, array.shape, strict=False):
-        fits = fits and (not isinstance(size, int) or size == length)
-    if fits:
-        return ""
-    return f"its shape is {list(array.shape)}, expected {list(map(str, sizes))}"

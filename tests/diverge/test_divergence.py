@@ -217,6 +217,13 @@ def test_a_wrong_layout_in_an_engine(exported, tmp_path):
     assert any("the runtime computes them differently" in cause for cause in result.causes)
 
 
+def test_dumps_of_another_batch_size_are_refused(exported, tmp_path):
+    model, batches, onnx = exported
+    folder = dump(onnx, [pair[0] for pair in list_codes(onnx)], batches[0], tmp_path)
+    with pytest.raises(DataError, match=r"its shape is \[2, .*, for the first sample it is \[1, "):
+        qdq.find_divergence(model, onnx, [batches[0][:1]], dumps=folder)
+
+
 def test_bad_input(exported, tmp_path):
     model, batches, onnx = exported
     with pytest.raises(DataError, match="there is no folder"):
@@ -225,6 +232,9 @@ def test_bad_input(exported, tmp_path):
         qdq.find_divergence(model, onnx, batches, dumps=tmp_path)
     np.save(tmp_path / f"0000_{list_codes(onnx)[0][0]}.npy", np.zeros(3))
     with pytest.raises(DataError, match=r"its shape is \[3\]"):
+        qdq.find_divergence(model, onnx, batches, dumps=tmp_path)
+    np.save(tmp_path / f"0000_{list_codes(onnx)[0][0]}.npy", np.array(["a"]))
+    with pytest.raises(DataError, match="is <U1, expected numbers"):
         qdq.find_divergence(model, onnx, batches, dumps=tmp_path)
     other = qdq.swap_modules(wrapped := nn.Sequential(nn.Conv2d(3, 4, 1)).eval())
     assert other is not None
