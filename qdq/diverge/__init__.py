@@ -95,13 +95,15 @@ def find_divergence(
         tensors=tuple(rows),
         causes=(),
         not_compared=tuple(sorted(quantizers.keys() - {row.name for row in rows})),
+        outputs_not_compared=tuple(map(": ".join, comparison.outputs_not_compared.items())),
         ignored=ignored,
     )
     if result.first is None:
         return result
     site = last.site_of[result.first]
+    misfit = result.first.misfit
     causes = [
-        *explain_values(*last.values_of[site]),
+        *([f"it {misfit}"] if misfit else explain_values(*last.values_of[site])),
         *find_causes(model, loaded.model, batches[0], site),
     ]
     return replace(result, causes=tuple(causes))

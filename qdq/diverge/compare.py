@@ -52,6 +52,7 @@ class _Sums:
     excess: float = 0.0
     limit: float = 0.0
     codes_excess: float | None = None
+    misfit: str = ""
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Comparison:
 
     Attributes:
         last: The tensors of the last batch.
+        outputs_not_compared: Output -> the reason.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Comparison:
         rounding: float,
     ) -> None:
         self.last = Last()
+        self.outputs_not_compared: dict[str, str] = {}
         self._model = model
         self._file = file
         self._dumps = dumps
@@ -106,18 +109,21 @@ class Comparison:
         aligned = self._align(free, values)
         pins = _Pins(aligned)
         following = record_forward(self._model, batch, self._file.outputs, pins)
+        self.outputs_not_compared |= free.unpaired
         for site in free.tensors:
             if site in aligned:
                 self._add_quantizer(site, free, following, aligned[site])
-            elif site.kind != "quantizer":
+            elif site.kind == "quantizer":
+                self._add_misplaced(site, free, values)
+            else:
                 self._add_float(site, free, following, values)
 
     def conclude(self) -> list[TensorDistance]:
         """The rows, in order of execution."""
         rows = []
         for site, sums in self._sums.items():
-            distances = np.concatenate(sums.distances)
-            if not distances.size:
+            distances = np.concatenate([np.empty(0, np.float32), *sums.distances])
+            if not distances.size and not sums.misfit:
                 continue
             row = _make_row(site, sums, distances, self._find_module(site))
             self.last.site_of[row] = site
@@ -175,26 +181,59 @@ class Comparison:
         sums.differing_codes += int(np.count_nonzero(codes != written))
         self.last.values_of[site] = from_codes, actual
 
+    def _add_misplaced(self, site: Site, free: Recording, values: Mapping[str, Array]) -> None:
+        """Note a quantizer whose tensor has another size in the file."""
+        places = self._file.places.quantizers.get(site, [])
+        if not places or _is_called_twice(site, free):
+            return
+        first = places[0]
+        if not self._is_known(first.before, first.codes, first.after):
+            return
+        size = free.tensors[site].numel()
+        if any(place.after in values and values[place.after].size == size for place in places):
+            return  # the same tensor in another layout
+        self._add_misfit(site, first.before, free, values[first.after])
+
     def _add_float(
         self, site: Site, free: Recording, following: Recording, values: Mapping[str, Array]
     ) -> None:
         """Compare the output of a layer or of the network."""
         name = site.name if site.kind == "output" else self._file.places.layers.get(site, "")
-        is_called_again = Site(site.name, site.call + 1, site.kind) in free.tensors
-        if name not in values or not self._is_known(name) or site.call or is_called_again:
+        if name not in values or _is_called_twice(site, free):
             return
         expected, actual = _to_array(free.tensors[site]), values[name]
+        reason = self._explain_omission(site, name, actual)
+        if reason:
+            if site.kind == "output":
+                self.outputs_not_compared[name] = reason
+            return
+        if expected.shape != actual.shape:
+            self._add_misfit(site, name, free, actual)
+            return
         from_codes = _to_array(following.tensors[site])
-        if expected.shape != actual.shape or not np.issubdtype(actual.dtype, np.floating):
-            return
-        if site not in self._file.places.nodes:  # an output that is an input
-            return
         grid = grid_of_values(expected)
         sums = self._sums.setdefault(site, _Sums(name))
         self._add_distances(sums, grid, expected, actual, from_codes)
         steps = measure_lsb(grid, from_codes, actual)
         self._add_excess(sums, steps)
         self.last.values_of[site] = from_codes, actual
+
+    def _explain_omission(self, site: Site, name: str, actual: Array) -> str:
+        """Why a tensor without a quantizer cannot be compared; "" if it can."""
+        if not self._is_known(name):
+            return "it was not dumped"
+        if site not in self._file.places.nodes:
+            return "it is an input of the network"
+        if not np.issubdtype(actual.dtype, np.floating):
+            return f"its type is {actual.dtype}"
+        return ""
+
+    def _add_misfit(self, site: Site, tensor: str, free: Recording, actual: Array) -> None:
+        """Note a tensor that has another shape than that of torch."""
+        expected = _to_array(free.tensors[site])
+        sums = self._sums.setdefault(site, _Sums(tensor))
+        sums.misfit = f"has shape {list(actual.shape)}, torch has {list(expected.shape)}"
+        self.last.values_of[site] = expected, actual
 
     def _add_excess(self, sums: _Sums, steps: Array) -> None:
         if steps.size:
@@ -205,8 +244,8 @@ class Comparison:
     ) -> None:
         sums.distances.append(measure_lsb(grid, expected, actual).astype(np.float32))
         sums.signal += _sum_squares(expected)
-        sums.noise += _sum_squares(expected - actual)
-        sums.tie_noise += _sum_squares(expected - from_codes)
+        sums.noise += _measure_noise(expected, actual)
+        sums.tie_noise += _measure_noise(expected, from_codes)
         limit = largest_rounding(grid, from_codes, self._rounding)
         sums.limit = max(sums.limit, limit)
 
@@ -281,6 +320,11 @@ def _is_equal(amax: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return amax.numel() == other.numel() and bool((amax.ravel() == other.ravel()).all())
 
 
+def _is_called_twice(site: Site, free: Recording) -> bool:
+    """Whether the module of a site runs more than once in a forward."""
+    return site.call > 0 or Site(site.name, site.call + 1, site.kind) in free.tensors
+
+
 def _choose_place(
     free: Recording, site: Site, places: list[PlacePair], values: Mapping[str, Array]
 ) -> PlacePair | None:
@@ -313,12 +357,25 @@ def _to_array(tensor: torch.Tensor) -> Array:
 
 
 def _sum_squares(values: Array) -> float:
-    finite = np.nan_to_num(values.astype(np.float64))
-    with np.errstate(over="ignore"):
-        return float(np.sum(finite**2))
+    """Sum of the squares of the finite values."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    return float(np.sum(finite**2))
+
+
+def _measure_noise(expected: Array, actual: Array) -> float:
+    """Sum of the squares of the differences; infinite if a value is NaN or infinite in one array only."""
+    first, second = expected.astype(np.float64), actual.astype(np.float64)
+    is_different = (first != second) & ~(np.isnan(first) & np.isnan(second))
+    with np.errstate(invalid="ignore"):
+        differences = np.where(is_different, first - second, 0.0)
+    if not np.isfinite(differences).all():
+        return math.inf
+    return float(np.sum(differences**2))
 
 
 def _decibels(signal: float, noise: float) -> float:
+    if not math.isfinite(noise):
+        return -math.inf
     if noise == 0:
         return math.inf
     if signal == 0:
@@ -327,8 +384,12 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def _make_row(site: Site, sums: _Sums, distances: Array, module: str) -> TensorDistance:
-    median, p99 = np.percentile(distances, [50, 99])
-    is_quantized = site.kind == "quantizer"
+    median = p99 = most = math.nan
+    codes_differ = None
+    if distances.size:
+        median, p99, most = np.percentile(distances, [50, 99, 100])
+        if site.kind == "quantizer":
+            codes_differ = sums.differing_codes / distances.size
     return TensorDistance(
         tensor=sums.tensor,
         name=site.name,
@@ -336,11 +397,12 @@ def _make_row(site: Site, sums: _Sums, distances: Array, module: str) -> TensorD
         module=module,
         median_lsb=float(median),
         p99_lsb=float(p99),
-        max_lsb=float(distances.max()),
-        sqnr_db=_decibels(sums.signal, sums.noise),
-        codes_differ=sums.differing_codes / distances.size if is_quantized else None,
-        tie_floor_db=_decibels(sums.signal, sums.tie_noise),
+        max_lsb=float(most),
+        sqnr_db=_decibels(sums.signal, sums.noise) if distances.size else math.nan,
+        codes_differ=codes_differ,
+        tie_floor_db=_decibels(sums.signal, sums.tie_noise) if distances.size else math.nan,
         excess_lsb=sums.excess,
         limit_lsb=sums.limit,
         codes_excess=sums.codes_excess,
+        misfit=sums.misfit,
     )

@@ -60,9 +60,10 @@ def grid_of_values(values: Array) -> Grid:
 
 
 def measure_lsb(grid: Grid, expected: Array, actual: Array) -> Array:
-    """Distance of each element in steps, flat."""
-    distances: Array = np.abs(grid.clip(expected) - grid.clip(actual)).ravel()
-    return distances
+    """Distance of each element in steps, flat; where only the expected one is finite, the whole range."""
+    distances = np.abs(grid.clip(expected) - grid.clip(actual))
+    is_lost = np.isfinite(expected) & ~np.isfinite(actual)
+    return np.where(is_lost, grid.highest - grid.lowest, distances).ravel()
 
 
 def measure_code_steps(grid: Grid, values: Array, rounded: Array, near_tie: float) -> Array:

@@ -46,11 +46,13 @@ class Recording:
     Attributes:
         tensors: Site -> the input of the quantizer, or the output of the layer or network.
         quantizers: The quantizers among them.
+        unpaired: Output that only the file or only torch has -> the reason.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[Site, torch.Tensor] = {}
         self.quantizers: dict[Site, TensorQuantizer] = {}
+        self.unpaired: dict[str, str] = {}
         self._calls: Counter[tuple[str, str]] = Counter()
 
     def add(self, name: str, kind: str, tensor: torch.Tensor) -> Site:
@@ -77,8 +79,13 @@ def record_forward(
     recording = Recording()
     with evaluating(model), _watching(model, recording, replace):
         result = call_model(model, batch)
-    for name, tensor in zip(outputs, name_outputs(result).values(), strict=False):
+    tensors = name_outputs(result)
+    for name, tensor in zip(outputs, tensors.values(), strict=False):
         recording.add(name, "output", tensor)
+    for name in outputs[len(tensors) :]:
+        recording.unpaired[name] = "torch has no such output"
+    for name in list(tensors)[len(outputs) :]:
+        recording.unpaired[name] = "the file has no such output"
     return recording
 
 

@@ -16,7 +16,7 @@ class TensorDistance:
     """How far a tensor of a file is from that of torch.
 
     A step (LSB) is that of the quantizer that reads the tensor; for the output of a layer or of the network, 1/127 of
-    its largest value.
+    its largest value. If the shapes differ, there are no distances: they are NaN.
 
     Args:
         tensor: Its name in the file.
@@ -34,6 +34,7 @@ class TensorDistance:
             an engine the 99th percentile, because the types of dumps are rounded.
         limit_lsb: What arithmetic alone may leave of it.
         codes_excess: Largest distance in steps of the codes of the file from those of the same values; None without.
+        misfit: "has shape ..., torch has ..." if the shapes differ, else "".
     """
 
     tensor: str
@@ -49,11 +50,12 @@ class TensorDistance:
     excess_lsb: float
     limit_lsb: float
     codes_excess: float | None
+    misfit: str
 
     @property
     def has_other_values(self) -> bool:
         """Whether what computes the tensor differs."""
-        return not self.excess_lsb <= self.limit_lsb
+        return bool(self.misfit) or not self.excess_lsb <= self.limit_lsb
 
     @property
     def has_other_codes(self) -> bool:
@@ -77,6 +79,7 @@ class Divergence:
         tensors: The tensors in order of execution.
         causes: What is known to cause the first one beyond its tie floor.
         not_compared: Quantizers of the model without a tensor in the file.
+        outputs_not_compared: Outputs of the network that were not compared, each with the reason.
         ignored: Dumps that were not recognised, each with the reason.
     """
 
@@ -86,6 +89,7 @@ class Divergence:
     tensors: tuple[TensorDistance, ...]
     causes: tuple[str, ...]
     not_compared: tuple[str, ...]
+    outputs_not_compared: tuple[str, ...]
     ignored: tuple[str, ...]
 
     @property
@@ -113,9 +117,11 @@ class Divergence:
         if self.not_compared:
             names = list_names(self.not_compared, 5)
             lines.append(
-                f"not compared, because another quantizer has their pair or their tensor was not dumped: "
-                f"{len(self.not_compared)} quantizers: {names}"
+                "not compared, because another quantizer has their pair, or their tensor was not dumped or has another "
+                f"layout: {len(self.not_compared)} quantizers: {names}"
             )
+        for text in self.outputs_not_compared:
+            lines.append(f"not compared: output {text}")
         lines += self._summarize()
         return "\n".join(lines)
 
@@ -150,9 +156,9 @@ def _format_cells(tensor: TensorDistance) -> tuple[str, ...]:
     return (
         tensor.tensor,
         tensor.module,
-        f"{tensor.median_lsb:.3f}",
-        f"{tensor.p99_lsb:.3f}",
-        f"{tensor.max_lsb:.3f}",
+        _format_number(tensor.median_lsb, 3),
+        _format_number(tensor.p99_lsb, 3),
+        _format_number(tensor.max_lsb, 3),
         _format_db(tensor.sqnr_db),
         codes,
         _format_db(tensor.tie_floor_db),
@@ -161,7 +167,11 @@ def _format_cells(tensor: TensorDistance) -> tuple[str, ...]:
 
 
 def _format_db(decibels: float) -> str:
-    return "exact" if decibels == math.inf else f"{decibels:.1f}"
+    return "exact" if decibels == math.inf else _format_number(decibels, 1)
+
+
+def _format_number(number: float, decimals: int) -> str:
+    return "-" if math.isnan(number) else f"{number:.{decimals}f}"
 
 
 def _describe_reader(tensor: TensorDistance) -> str:

@@ -10,7 +10,8 @@ from torch import nn
 
 import qdq
 from qdq.diverge.causes import compare_constants, compare_graphs, explain_values
-from qdq.diverge.compare import _view_alike
+from qdq.diverge.compare import _measure_noise, _view_alike
+from qdq.diverge.distances import grid_of_values, measure_lsb
 from qdq.diverge.record import Site
 from qdq.errors import ArgumentError, DataError
 
@@ -122,6 +123,84 @@ def test_a_fault_is_the_first(exported, fault, tmp_path):
     assert (result.first.kind, result.first.name) == (kind, name)
     assert any(cause in text for text in result.causes), result.causes
     assert f"cause: {result.causes[0]}" in result.format_table()
+
+
+class Plain(nn.Module):
+    """Two convolutions; the second output is of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu())
+        return x, x.argmax(1)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    torch.manual_seed(0)
+    model, batches = Plain().eval(), [torch.randn(1, 3, 6, 6)]
+    qdq.swap_modules(model, batches[0], include="*")
+    qdq.calibrate_model(model, batches, method="max")
+    path = tmp_path_factory.mktemp("plain") / "model.onnx"
+    return model, batches, qdq.export_onnx(model, batches[0], path).path
+
+
+def pad(graph, pads):
+    for name, size in pads.items():
+        node = find_node(graph, f"{name}/Conv")
+        node.attributes["pads"] = ir.AttrInt64s("pads", [size] * 4)
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
+
+
+@pytest.mark.parametrize(
+    ("pads", "name", "size"),
+    [({"second": 2}, "output_0", 8), ({"first": 2, "second": 0}, "first", 8)],
+)
+def test_another_shape_is_a_divergence(plain, pads, name, size, tmp_path):
+    model, batches, onnx = plain
+    faulty = write_faulty(onnx, lambda graph: pad(graph, pads), tmp_path)
+    result = qdq.find_divergence(model, faulty, batches)
+    assert result.first.name == name
+    channels = 4 if name == "output_0" else 8
+    misfit = f"has shape [1, {channels}, {size}, {size}], torch has [1, {channels}, 6, 6]"
+    assert result.causes[0] == f"it {misfit}"
+    assert any("has pads" in cause for cause in result.causes)
+    assert result.outputs_not_compared == ("output_1: its type is int64",)
+    assert "not compared: output output_1: its type is int64" in result.format_table()
+
+
+def test_outputs_that_only_one_side_has_are_named(plain, tmp_path):
+    model, batches, onnx = plain
+    fewer = write_faulty(onnx, lambda graph: graph.outputs.pop(), tmp_path)
+    result = qdq.find_divergence(model, fewer, batches)
+    assert result.outputs_not_compared == ("output_1: the file has no such output",)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_values_that_are_not_finite(plain, value, tmp_path):
+    model, batches, onnx = plain
+
+    def spoil(graph):
+        bias = np.zeros(8, np.float32)
+        bias[3] = value
+        set_constant(graph, find_node(graph, "first/Conv"), 2, bias)
+
+    result = qdq.find_divergence(model, write_faulty(onnx, spoil, tmp_path), batches)
+    assert (result.first.kind, result.first.name) == ("layer", "first")
+    assert result.first.sqnr_db == -np.inf
+    assert result.causes[0] == "it has NaN or infinite values, torch has none"
+    assert _measure_noise(np.ones(3), np.array([1, value, 1])) == np.inf
+    assert (
+        measure_lsb(
+            grid_of_values(np.array([1.0, -1])), np.array([1.0, -1]), np.full(2, value)
+        ).min()
+        == 254
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
