@@ -42,11 +42,11 @@ def diverge(
     guard_command(inputs=list_run_files(run), outputs=[json])
     result = diverge_run(run, dumps=dumps, samples=samples)
     print(make_printable(result.divergence).format_table())
-    if dumps is None:
+    if result.trtexec:
         print("to compare an engine, make a bundle of the run (`qdq bundle`), and on the target")
         print("in a new folder dumps in it run the line of its TensorRT:")
         for version, flags in result.trtexec.items():
             print(f"TensorRT {version}: {shlex.join(['trtexec', *flags])}")
     if json is not None:
-        write_json(json, result.divergence)
+        write_json(json, result.divergence.list_facts())
     return 1 if result.divergence.beyond else 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from qdq.text import list_names
 
@@ -102,6 +103,17 @@ class Divergence:
         """The first tensor beyond its tie floor."""
         return next(iter(self.beyond), None)
 
+    def list_facts(self) -> dict[str, Any]:
+        """All fields for JSON, with `is_beyond` of each tensor, and `first`, the name of the first one beyond or None.
+
+        JSON has no infinite numbers and no NaN: they are "inf", "-inf" and "nan".
+        """
+        rows = []
+        for tensor in self.tensors:
+            rows.append({**_spell_numbers(asdict(tensor)), "is_beyond": tensor.is_beyond})
+        first = None if self.first is None else self.first.name
+        return {**asdict(self), "tensors": rows, "first": first}
+
     def format_table(self) -> str:
         """The tensors in order of execution, then the first one beyond its tie floor and the cause."""
         rows = [_TITLES, *map(_format_cells, self.tensors)]
@@ -136,6 +148,15 @@ class Divergence:
         ]
         lines += [f"cause: {cause}" for cause in self.causes]
         return lines
+
+
+def _spell_numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that are not finite as text."""
+    spelled = {}
+    for name, value in fields.items():
+        is_plain = not isinstance(value, float) or math.isfinite(value)
+        spelled[name] = value if is_plain else str(value)
+    return spelled
 
 
 _TITLES = (
