@@ -14,14 +14,14 @@ import onnx_ir as ir
 
 from qdq.build import has_type
 from qdq.bundle.archive import place_archive, write_archive
-from qdq.bundle.commands import BundleFacts, write_commands
+from qdq.bundle.commands import BundleFacts, list_types, write_commands
 from qdq.bundle.expected import describe_bundle
 from qdq.bundle.floor import Floor, measure_floor, measure_sqnr, run_pairs
 from qdq.bundle.folder import (
     EXPECTED_FILE,
     find_parent,
     list_digests,
-    name_array,
+    name_arrays,
     replace_folder,
     require_outside,
     require_place,
@@ -37,7 +37,7 @@ from qdq.graph.names import name_unnamed
 from qdq.graph.save import save_model
 from qdq.metrics import Array
 from qdq.pairs import Pair, digest_file, load_pairs
-from qdq.product_types import LOW_TYPES, list_low_types, word_of
+from qdq.product_types import word_of
 from qdq.run import MODEL_FILE, REFERENCES_FILE
 from qdq.text import list_names, printable
 from qdq.trt.profiles import Profile
@@ -83,7 +83,7 @@ class BundleReport:
             f"{self.folder}: {len(self.files)} files, {megabytes:.1f} MB",
             f"{self.pairs} pairs of inputs and references ({self.source})",
         ]
-        for type_name in _list_types(self.layers):
+        for type_name in list_types(self.layers):
             count = sum(layer.expected == type_name for layer in self.layers)
             lines.append(f"{count} of {len(self.layers)} products expected in {word_of(type_name)}")
         for name, floor in self.floors.items():
@@ -167,7 +167,7 @@ def make_bundle(
             most_l2={name: floor.most_mean_square for name, floor in floors.items()},
             output_types={name: str(array.dtype) for name, array in pairs[0].quantized.items()},
             has_long_inputs=any(array.dtype == np.int64 for array in pairs[0].inputs.values()),
-            types=_list_types(layers),
+            types=list_types(layers),
             least_sm=max((least_sm for *_, least_sm in list_lacking(model.graph, sm=0)), default=0),
         )
         write_atomic(staged / _COMMANDS_FILE, write_commands(facts))
@@ -200,12 +200,6 @@ def make_bundle(
         layers=layers,
         notes=variants.notes,
     )
-
-
-def _list_types(layers: Sequence[LayerCoverage]) -> list[str]:
-    """The types below 16 bit that the file promises, by TensorRT's names; int8 if there are none."""
-    promised = [layer.promised for layer in layers if layer.promised in LOW_TYPES]
-    return list_low_types(promised)
 
 
 def _load(onnx: Path) -> ir.Model:
@@ -393,12 +387,12 @@ def _write_arrays(
     folder: Path, place: Path, number: int, arrays: Mapping[str, Array]
 ) -> dict[str, Path]:
     """Write arrays as `NUMBER.NAME.bin` (little-endian, C order, no header) and `.npy`; returns the raw files."""
-    files = {}
-    for position, (name, array) in enumerate(arrays.items()):
-        stem = name_array(number, position, name)
-        (folder / place).mkdir(parents=True, exist_ok=True)
+    files = name_arrays(place, number, arrays)
+    for name, file in files.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = arrays[name]
         little = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-        files[name] = place / f"{stem}.bin"
-        write_atomic(folder / files[name], little.tobytes())
-        np.save(folder / place / f"{stem}.npy", little, allow_pickle=False)
+        write_atomic(path, little.tobytes())
+        np.save(path.with_suffix(".npy"), little, allow_pickle=False)
     return files

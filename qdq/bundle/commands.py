@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qdq.bundle.models import FLOAT, HALF_FLOAT, HALF_MODEL, MODEL
-from qdq.product_types import word_of
+from qdq.graph.coverage import LayerCoverage
+from qdq.product_types import LOW_TYPES, list_low_types, word_of
 from qdq.trt.flags import (
     COMPARED_TYPES,
     HALF_SCALES,
@@ -159,18 +160,34 @@ def _find_refusal(facts: BundleFacts, version: Version) -> str:
     return ""
 
 
+def list_types(layers: Sequence[LayerCoverage]) -> list[str]:
+    """The types below 16 bit that a file promises, by TensorRT's names; int8 if there are none."""
+    promised = [layer.promised for layer in layers if layer.promised in LOW_TYPES]
+    return list_low_types(promised)
+
+
+def choose_model(
+    files: Collection[str], version: Version, *, has_only_int8: bool
+) -> tuple[str, bool]:
+    """The file of a bundle that a version builds, and whether the types of the graph decide there.
+
+    Args:
+        files: Names of the ONNX files in the bundle.
+        version: Major and minor version of TensorRT.
+        has_only_int8: As for `BundleFacts`.
+    """
+    has_flags = version < STRONG_TYPES and has_only_int8 and MODEL in files
+    is_half = HALF_MODEL in files and not has_flags
+    return HALF_MODEL if is_half else MODEL, is_half or not has_only_int8
+
+
 def _list_steps(facts: BundleFacts, version: Version) -> dict[str, list[str]]:
     """Name of a step -> the flags of its command."""
-    has_flags = version < STRONG_TYPES and facts.has_only_int8 and MODEL in facts.opsets
-    is_half = HALF_MODEL in facts.opsets and not has_flags
-    model = HALF_MODEL if is_half else MODEL
+    model, is_typed = choose_model(facts.opsets, version, has_only_int8=facts.has_only_int8)
+    is_half = model == HALF_MODEL
     unquantized = HALF_FLOAT if is_half else FLOAT
     engine = RESULTS / f"{facts.engine}.plan"
-    steps = {
-        facts.engine: build_flags(
-            Path(model), engine, facts.profiles, version, half=is_half or not facts.has_only_int8
-        )
-    }
+    steps = {facts.engine: build_flags(Path(model), engine, facts.profiles, version, half=is_typed)}
     if unquantized in facts.opsets:
         steps["float"] = build_flags(
             Path(unquantized), FLOAT_ENGINE, facts.profiles, version, half=is_half, quantized=False

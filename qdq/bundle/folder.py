@@ -66,15 +66,18 @@ def require_outside(folder: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def name_array(pair: int, position: int, name: str) -> str:
-    """The name of the files of an array, without their endings.
+def name_arrays(folder: Path, pair: int, names: Iterable[str]) -> dict[str, Path]:
+    """Name of each input or output of a pair -> its raw file, `NUMBER.POSITION.NAME.bin`.
 
     Args:
+        folder: The folder of the files.
         pair: Number of the pair.
-        position: Position among the inputs, or the outputs.
-        name: Name of the input or output.
+        names: In the order in which `load_pairs` has them.
     """
-    return f"{pair}.{position}.{_UNSAFE.sub('_', name)}"
+    files = {}
+    for position, name in enumerate(names):
+        files[name] = folder / f"{pair}.{position}.{_UNSAFE.sub('_', name)}.bin"
+    return files
 
 
 def list_digests(folder: Path) -> dict[str, str]:

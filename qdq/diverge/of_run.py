@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,18 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
-from qdq.bundle.folder import name_array
-from qdq.bundle.models import HALF_MODEL, MODEL
+from qdq.build import has_type
+from qdq.bundle.commands import choose_model, list_types
+from qdq.bundle.folder import name_arrays
+from qdq.bundle.models import make_variants
 from qdq.check.parity import OnnxModel
 from qdq.diverge import Divergence, find_divergence
 from qdq.diverge.dumps import list_debug_tensors
 from qdq.errors import DataError
 from qdq.fold import fold_batchnorm
+from qdq.graph.coverage import measure_coverage
 from qdq.metrics import Array
+from qdq.pairs import Pair as ReferencePair
 from qdq.pairs import load_pairs
 from qdq.predictor import list_file_inputs
 from qdq.qat.checkpoint import load_tuned
@@ -55,7 +59,8 @@ class RunDivergence:
 
     Args:
         divergence: The comparison.
-        trtexec: Version of TensorRT -> the command that writes the dumps, for the folder `dumps` in a bundle.
+        trtexec: Version of TensorRT -> the command that writes the dumps, for the folder `dumps` in a bundle. Empty if
+            there are dumps already, or no bundle can be made, because the file has bfloat16 tensors.
     """
 
     divergence: Divergence
@@ -86,7 +91,10 @@ def diverge_run(run: Path, *, dumps: Path | None = None, samples: int = 1) -> Ru
     if dumps is not None:
         _require_same_inputs(run / REFERENCES_FILE, inputs)
     divergence = find_divergence(model, onnx, batches, dumps=dumps)
-    return RunDivergence(divergence, _list_commands(onnx, file, inputs))
+    if dumps is not None:
+        return RunDivergence(divergence, {})
+    pairs = load_pairs(_require_file(run / REFERENCES_FILE)).pairs
+    return RunDivergence(divergence, _list_commands(onnx, file, pairs[:1]))
 
 
 def _require_file(path: Path) -> Path:
@@ -161,17 +169,29 @@ def _require_same_inputs(references: Path, inputs: Mapping[str, Array]) -> None:
 
 
 def _list_commands(
-    onnx: Path, file: OnnxModel, inputs: Mapping[str, Array]
+    onnx: Path, file: OnnxModel, pairs: Sequence[ReferencePair]
 ) -> dict[str, list[str]]:
-    """The trtexec command for each version, with paths from a folder in the bundle."""
-    tensors = list_debug_tensors(ir.load(onnx))
-    files, shapes = {}, {}
-    for position, (name, array) in enumerate(inputs.items()):
-        files[name] = Path("..", "inputs", f"{name_array(0, position, name)}.bin")
+    """The trtexec command for each version, with paths from a folder in the bundle.
+
+    Args:
+        onnx: The file of the run.
+        file: The same file in ONNX Runtime.
+        pairs: The first pair of the references, on which the engine shall run.
+    """
+    model = ir.load(onnx)
+    if has_type(model, ir.DataType.BFLOAT16):
+        return {}
+    inputs = pairs[0].inputs
+    shapes = {}
+    for name, array in inputs.items():
         if not all(isinstance(size, int) for size in file.inputs[name]):
             shapes[name] = array.shape
-    pair = Pair(files, {}, shapes)
-    return {
-        "10": debug_flags(Path("..", MODEL), tensors, pair, DEBUG_TENSORS),
-        "11": debug_flags(Path("..", HALF_MODEL), tensors, pair, STRONG_TYPES, half=True),
-    }
+    pair = Pair(name_arrays(Path("..", "inputs"), 0, inputs), {}, shapes)
+    tensors = list_debug_tensors(model)
+    names = make_variants(model, pairs, with_float=False).graphs.keys()
+    has_only_int8 = list_types(measure_coverage(model).layers) == ["Int8"]
+    commands = {}
+    for label, version in (("10", DEBUG_TENSORS), ("11", STRONG_TYPES)):
+        name, is_typed = choose_model(names, version, has_only_int8=has_only_int8)
+        commands[label] = debug_flags(Path("..", name), tensors, pair, version, half=is_typed)
+    return commands

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import qdq
+from qdq.check import OnnxModel
 from qdq.cli import main as cli
-from qdq.diverge.of_run import diverge_run
+from qdq.diverge.of_run import _list_commands, diverge_run
 from qdq.errors import DataError
+from qdq.pairs import load_pairs
 
 NET = """
 import torch
@@ -68,14 +70,58 @@ def test_a_clean_run(run_folder, capsys, tmp_path):
     assert exit.value.code == 0, printed
     assert "on 2 batches: none of" in printed
     (line,) = (line for line in printed.splitlines() if line.startswith("TensorRT 10:"))
+    assert "--onnx=../model.onnx " in line
+    assert " --int8 --fp16 " in line
+    assert "trtexec --onnx=../model.fp16.onnx" in printed  # of TensorRT 11
     assert "--loadInputs=input:../inputs/0.0.input.bin" in line
     assert "--markDebug=relu," in line
     assert "--saveAllDebugTensors=numpy" in line
-    assert {row["kind"] for row in json.loads((tmp_path / "d.json").read_text())["tensors"]} == {
-        "quantizer",
-        "layer",
-        "output",
-    }
+    facts = json.loads((tmp_path / "d.json").read_text())
+    assert {row["kind"] for row in facts["tensors"]} == {"quantizer", "layer", "output"}
+    assert {row["is_beyond"] for row in facts["tensors"]} == {False}
+    assert facts["tensors"][0]["tie_floor_db"] == "inf"
+    assert facts["first"] is None
+
+
+class TwoInputs(torch.nn.Module):
+    """Inputs whose alphabetical order is not that of the file."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 16)
+
+    def forward(self, b, a):
+        return self.layer(b) + a
+
+
+@pytest.mark.parametrize(
+    ("opset", "precision", "files"),
+    [
+        (17, "fp32", {"10": "model.onnx", "11": "model.onnx"}),
+        (19, "fp32", {"10": "model.onnx", "11": "model.fp16.onnx"}),
+        (19, "fp16", {"10": "model.fp16.onnx", "11": "model.fp16.onnx"}),
+    ],
+)
+def test_commands_are_for_the_files_of_the_bundle(opset, precision, files, tmp_path):
+    torch.manual_seed(0)
+    model, batch = TwoInputs().eval(), {"b": torch.randn(2, 8), "a": torch.randn(2, 16)}
+    qdq.swap_modules(model, batch, include="*")
+    qdq.calibrate_model(model, [batch], method="max")
+    run = tmp_path / "run"
+    run.mkdir()
+    options = {"opset": opset, "precision": precision}
+    onnx = qdq.export_onnx(model, batch, run / "model.onnx", **options).path
+    qdq.save_references(model, [batch], run / "references.safetensors", onnx)
+    pairs = load_pairs(run / "references.safetensors").pairs
+    commands = _list_commands(onnx, OnnxModel(onnx), pairs[:1])
+    qdq.make_bundle(run, tmp_path / "bundle")
+    for version, flags in commands.items():
+        (path,) = (flag.removeprefix("--onnx=") for flag in flags if flag.startswith("--onnx="))
+        assert path == f"../{files[version]}"
+        assert (tmp_path / "bundle" / path.removeprefix("../")).is_file()
+        (loaded,) = (flag for flag in flags if flag.startswith("--loadInputs="))
+        for entry in loaded.removeprefix("--loadInputs=").split(","):
+            assert (tmp_path / "bundle" / entry.partition(":../")[2]).is_file()
 
 
 def test_another_weight_is_found(run_folder, tmp_path):
@@ -96,7 +142,11 @@ def test_another_weight_is_found(run_folder, tmp_path):
         with torch.no_grad():
             model[0].bias += 0.5
         qdq.save_tuned(model, tuned)
-        first = diverge_run(run_folder).divergence.first
+        divergence = diverge_run(run_folder).divergence
+        first = divergence.first
+        facts = divergence.list_facts()
+        assert facts["first"] == "0"
+        assert next(row["name"] for row in facts["tensors"] if row["is_beyond"]) == "0"
         assert (first.kind, first.name) == ("layer", "0")
     finally:
         tuned.write_bytes(content)
