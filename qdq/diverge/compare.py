@@ -176,8 +176,8 @@ class Comparison:
             largest = float(code_steps.max(initial=0.0))
             sums.codes_excess = max(sums.codes_excess or 0.0, largest)
         self._add_excess(sums, steps)
-        codes = np.rint(grid.clip(expected))
-        written = np.rint(np.nan_to_num(aligned.after.astype(np.float64) / grid.scale))
+        codes = grid.round(grid.clip(expected))
+        written = grid.round(np.nan_to_num(aligned.after.astype(np.float64) / grid.scale))
         sums.differing_codes += int(np.count_nonzero(codes != written))
         self.last.values_of[site] = from_codes, actual
 

@@ -11,6 +11,7 @@ from qdq.metrics import Array
 
 _CODES = 127  # steps from zero to the largest value of a tensor without a quantizer
 _FAR = 10
+_MANTISSA_BITS, _LEAST_EXPONENT = 3, -6  # of FP8 (E4M3)
 _SAME_CODE = 0.01  # LSB; codes differ by at least one
 
 
@@ -22,11 +23,13 @@ class Grid:
         scale: Step, of a shape that broadcasts with the tensor.
         lowest: Lowest code.
         highest: Highest code.
+        is_float: Whether the codes are FP8 (E4M3) numbers, else integers.
     """
 
     scale: Array
     lowest: float
     highest: float
+    is_float: bool = False
 
     def clip(self, values: Array) -> Array:
         """Values in steps, those out of range as the nearest code; NaN as the lowest one."""
@@ -35,6 +38,20 @@ class Grid:
         steps = np.nan_to_num(steps, nan=self.lowest, posinf=self.highest, neginf=self.lowest)
         clipped: Array = np.clip(steps, self.lowest, self.highest)
         return clipped
+
+    def round(self, steps: Array) -> Array:
+        """The nearest codes of values in steps, ties to even."""
+        spacing = self.spacing(steps)
+        rounded: Array = np.rint(steps / spacing) * spacing
+        return rounded
+
+    def spacing(self, steps: Array) -> Array:
+        """Distance in steps between the codes next to values in steps: 1 for integers."""
+        if not self.is_float:
+            return np.ones_like(steps)
+        _, exponents = np.frexp(np.abs(steps))  # the magnitude is in [2^(e-1), 2^e)
+        exponents = np.where(steps == 0, _LEAST_EXPONENT, exponents - 1)
+        return np.ldexp(1.0, np.maximum(exponents, _LEAST_EXPONENT) - _MANTISSA_BITS)
 
 
 def make_grid(scale: Array, fmt: Format, axis: int | None, dimensions: int) -> Grid:
@@ -49,7 +66,7 @@ def make_grid(scale: Array, fmt: Format, axis: int | None, dimensions: int) -> G
     shape = [1] * dimensions
     if axis is not None and scale.size > 1:
         shape[axis] = scale.size
-    return Grid(scale.astype(np.float64).reshape(shape), fmt.qmin, fmt.qmax)
+    return Grid(scale.astype(np.float64).reshape(shape), fmt.qmin, fmt.qmax, fmt.is_float)
 
 
 def grid_of_values(values: Array) -> Grid:
@@ -67,7 +84,7 @@ def measure_lsb(grid: Grid, expected: Array, actual: Array) -> Array:
 
 
 def measure_code_steps(grid: Grid, values: Array, rounded: Array, near_tie: float) -> Array:
-    """Distance of what a file made of values from their codes, in steps; 0 for values that are next to a tie.
+    """Distance of what a file made of values from their codes, in codes; 0 for values that are next to a tie.
 
     Args:
         grid: The grid of the quantizer.
@@ -76,11 +93,11 @@ def measure_code_steps(grid: Grid, values: Array, rounded: Array, near_tie: floa
         near_tie: How near, in steps.
     """
     steps = grid.clip(values)
-    codes = np.rint(steps)
+    codes, spacing = grid.round(steps), grid.spacing(steps)
     with np.errstate(over="ignore", invalid="ignore"):
         written = np.nan_to_num(rounded.astype(np.float64) / grid.scale)
-    distances: Array = np.abs(written - codes)
-    is_near_tie = np.abs(np.abs(steps - codes) - 0.5) < near_tie
+    distances: Array = np.abs(written - codes) / spacing
+    is_near_tie = np.abs(np.abs(steps - codes) - 0.5 * spacing) < near_tie
     distances[is_near_tie & (distances < 1 + _SAME_CODE)] = 0.0
     return distances.ravel()
 
@@ -96,8 +113,8 @@ def measure_cell_steps(grid: Grid, values: Array, rounded: Array) -> Array:
     steps = grid.clip(values)
     with np.errstate(over="ignore", invalid="ignore"):
         written = np.nan_to_num(rounded.astype(np.float64) / grid.scale)
-    distances: Array = np.maximum(np.abs(written - steps) - 0.5, 0.0).ravel()
-    return distances
+    distances: Array = np.maximum(np.abs(written - steps) - 0.5 * grid.spacing(written), 0.0)
+    return distances.ravel()
 
 
 def largest_rounding(grid: Grid, values: Array, rounding: float) -> float:

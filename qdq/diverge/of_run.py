@@ -20,12 +20,13 @@ from qdq.diverge import Divergence, find_divergence
 from qdq.diverge.dumps import list_debug_tensors
 from qdq.errors import DataError
 from qdq.fold import fold_batchnorm
+from qdq.formats import INT8, parse_formats
 from qdq.graph.coverage import measure_coverage
 from qdq.metrics import Array
 from qdq.pairs import Pair as ReferencePair
 from qdq.pairs import load_pairs
 from qdq.predictor import list_file_inputs
-from qdq.qat.checkpoint import load_tuned
+from qdq.qat.checkpoint import load_formats, load_tuned
 from qdq.references import draw_samples
 from qdq.rewire import rewire_operations
 from qdq.run import MODEL_FILE, QUANTIZED_FILE, REFERENCES_FILE, STATE_FILE
@@ -84,6 +85,7 @@ def diverge_run(run: Path, *, dumps: Path | None = None, samples: int = 1) -> Ru
     _require_file(run / QUANTIZED_FILE)
     settings = _read_settings(run)
     model, calibration = _make_model(settings)
+    load_formats(model, run / QUANTIZED_FILE)
     load_tuned(model, run / QUANTIZED_FILE)
     file = OnnxModel(onnx)
     batches = draw_samples(calibration, samples, file)
@@ -144,9 +146,10 @@ def _make_model(settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         )
     )
     model, exclude = workload.module, tuple(settings["exclude"])
+    formats = parse_formats(settings.get("formats", INT8))  # `qdq qat` has int8 only
     fold_batchnorm(model, workload.example)
-    swap_modules(model, workload.example, exclude=exclude)
-    rewire_operations(model, workload.example, exclude=exclude)
+    swap_modules(model, workload.example, exclude=exclude, formats=formats)
+    rewire_operations(model, workload.example, exclude=exclude, formats=formats)
     return model, workload.calibration
 
 

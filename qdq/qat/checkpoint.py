@@ -21,6 +21,7 @@ from qdq.calibrate.collect import bytes_of, format_of
 from qdq.device import find_device
 from qdq.errors import DataError, ModelError
 from qdq.files import as_path, read_file, write_atomic
+from qdq.formats import FP8_BITS
 from qdq.forward import require_model
 from qdq.quantize import from_log2
 from qdq.quantizer import named_quantizers
@@ -133,7 +134,8 @@ def _describe_formats(model: nn.Module) -> dict[str, list[Any]]:
     for quantizer, name in names.items():
         fmt = format_of(quantizer)
         fields = () if fmt is None else astuple(fmt)
-        descriptions[name] = [*fields, quantizer.axis, names.get(quantizer.leader)]
+        as_json = [list(field) if isinstance(field, tuple) else field for field in fields]
+        descriptions[name] = [*as_json, quantizer.axis, names.get(quantizer.leader)]
     return descriptions
 
 
@@ -179,6 +181,23 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     for name, quantizer in quantizers.items():
         quantizer.is_enabled = name not in facts["disabled"]
     return {key: value for key, value in facts.items() if key not in _FORMAT_FACTS}
+
+
+def load_formats(model: nn.Module, path: Path | str) -> None:
+    """Change the quantizers to FP8 that `choose_formats` had changed before `save_tuned`, in place.
+
+    Args:
+        model: The model, swapped and rewired with formats=("int8", "fp8").
+        path: The file.
+
+    Raises:
+        DataError: The file cannot be read, or is another kind of file.
+    """
+    _, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
+    is_fp8 = {name: fields[:1] == [list(FP8_BITS)] for name, fields in facts["quantizers"].items()}
+    for name, quantizer in named_quantizers(model):
+        if quantizer.leader is quantizer and is_fp8.get(name) and not quantizer.format.is_float:
+            quantizer.set_format(FP8_BITS)
 
 
 def _list_new_biases(

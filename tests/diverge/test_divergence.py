@@ -11,9 +11,10 @@ from torch import nn
 import qdq
 from qdq.diverge.causes import compare_constants, compare_graphs, explain_values
 from qdq.diverge.compare import _measure_noise, _view_alike
-from qdq.diverge.distances import grid_of_values, measure_lsb
+from qdq.diverge.distances import grid_of_values, make_grid, measure_lsb
 from qdq.diverge.record import Site
 from qdq.errors import ArgumentError, DataError
+from qdq.formats import Format
 
 
 class Network(nn.Module):
@@ -390,6 +391,15 @@ def test_a_view_of_a_tensor_gets_its_codes(look, form):
 def test_a_tensor_beside_a_slice_is_no_view_of_it():
     halves = torch.randn(2, 4, 6).chunk(2, dim=1)
     assert _view_alike(halves[0], halves[1], halves[0].round()) is None
+
+
+def test_codes_of_fp8_are_those_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(4000, generator=generator) * 2.0 ** torch.arange(-12, 8).repeat(200)
+    values = spread.clamp(-448, 448).double()
+    grid = make_grid(np.ones(1), Format((4, 3)), None, 1)
+    expected = values.to(torch.float8_e4m3fn).double()
+    np.testing.assert_array_equal(grid.round(values.numpy()), expected.numpy())
 
 
 def test_differences_of_values():

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -29,10 +30,8 @@ def batches():
 """
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def make_run(folder, formats="int8"):
     """A run as the recipe makes it, without the stages that take long."""
-    folder = tmp_path_factory.mktemp("run")
     (folder / "net.py").write_text(NET)
     settings = {
         "model": f"{folder}/net.py:build",
@@ -45,15 +44,21 @@ def run_folder(tmp_path_factory):
         "image_size": None,
         "seed": 0,
         "exclude": [],
+        "formats": formats,
         "output_options": {"outputs": [], "mask": None, "output_weights": []},
     }
     run = qdq.start_run(folder / "run", settings=settings)
     options = {"model": settings["model"], "data": settings["data"]}
     workload = qdq.load_workload(qdq.WorkloadOptions(calib_batches=2, eval_samples=4, **options))
     model, calibration = workload.module, workload.calibration
-    qdq.swap_modules(model, workload.example)
-    qdq.rewire_operations(model, workload.example)
-    qdq.calibrate_model(model, calibration, method="max")
+    names = qdq.parse_formats(formats)
+    qdq.swap_modules(model, workload.example, formats=names)
+    qdq.rewire_operations(model, workload.example, formats=names)
+    qdq.calibrate_model(model, calibration, method="max", statistics=run.statistics_file)
+    if len(names) > 1:
+        statistics = qdq.Statistics.load(run.statistics_file)
+        pins = {"2": "fp8", "3": "int8"}
+        qdq.choose_formats(model, calibration, statistics, sm=89, method="max", pinned=pins)
     qdq.correct_bias(model, list(calibration))
     assert model[0].bias is not None  # the float model has none
     onnx = qdq.export_onnx(model, workload.example, run.model_file).path
@@ -61,6 +66,28 @@ def run_folder(tmp_path_factory):
     qdq.save_tuned(model, run.quantized_file)
     run.finish()
     return run.folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("formats", ["fp8", "int8,fp8"])
+def test_a_run_with_fp8(formats, tmp_path):
+    run = make_run(tmp_path, formats)
+    result = diverge_run(run)
+    assert result.divergence.first is None
+    code_types = {tensor.dtype for tensor in list_code_tensors(run / "model.onnx")}
+    assert ir.DataType.FLOAT8E4M3FN in code_types
+    assert (ir.DataType.INT8 in code_types) == (formats != "fp8")
+    for version in ("10", "11"):
+        assert ("--stronglyTyped" in result.trtexec[version]) == (version == "10")
+
+
+def list_code_tensors(onnx):
+    graph = ir.load(onnx).graph
+    return [node.inputs[0] for node in graph if node.op_type == "DequantizeLinear"]
 
 
 def test_a_clean_run(run_folder, capsys, tmp_path):
