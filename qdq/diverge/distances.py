@@ -51,7 +51,8 @@ class Grid:
             return np.ones_like(steps)
         _, exponents = np.frexp(np.abs(steps))  # the magnitude is in [2^(e-1), 2^e)
         exponents = np.where(steps == 0, _LEAST_EXPONENT, exponents - 1)
-        return np.ldexp(1.0, np.maximum(exponents, _LEAST_EXPONENT) - _MANTISSA_BITS)
+        spacing: Array = np.ldexp(1.0, np.maximum(exponents, _LEAST_EXPONENT) - _MANTISSA_BITS)
+        return spacing
 
 
 def make_grid(scale: Array, fmt: Format, axis: int | None, dimensions: int) -> Grid:
