@@ -4,9 +4,9 @@ python tools/verify_diverge.py                          # 4 networks, 20 faults;
 python tools/verify_diverge.py --only lite0 --seed 1 --json lite0.json
 
 ResNet-50 and YOLO11n have random weights, EfficientNet-Lite0 and MiniLM those of their packages. Each fault is put at a
-place that the seed draws. A fault is named if the first tensor beyond its tie floor is computed by the module of the
-node that was changed, or read by its quantizer, or if the cause says the name of the node. Clean files must have no
-tensor beyond.
+place that the seed draws. A fault is placed if the first tensor beyond its tie floor is computed by the module of the
+node that was changed, or read by its quantizer. It is told if a cause says the full name of that node, which is the
+product if a weight was changed. Each must be placed or told. Clean files must have no tensor beyond.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -383,9 +384,13 @@ def main() -> int:
     faults = [row for row in rows if row["fault"] != "clean"]
     clean = [row for row in rows if row["fault"] == "clean"]
     named = sum(row["is_named"] for row in faults)
+    placed = sum(row["is_place"] for row in faults)
     told = sum(row["is_told"] for row in faults)
     beyond = sum(row["beyond"] for row in clean)
-    print(f"{named} of {len(faults)} layers named, {told} causes name the node that was changed")
+    print(
+        f"{named} of {len(faults)} faults named: {placed} by the place of the first tensor, "
+        f"{told} by the node in a cause"
+    )
     print(f"{beyond} tensors beyond their tie floor in {len(clean)} clean files")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -440,10 +445,11 @@ def _run_fault(
     result = qdq.find_divergence(model, faulty, batches[:1])
     first = result.first
     row: dict[str, Any] = {"network": network, "fault": fault.__name__, "node": node.name}
-    row |= {"is_named": False, "is_told": False, "beyond": len(result.beyond)}
+    row |= {"is_named": False, "is_place": False, "is_told": False, "beyond": len(result.beyond)}
     if first is None:
         return row
-    is_told = any(f"{place}{mark}" in cause for cause in result.causes for mark in "/.")
+    name = re.compile(rf"(?<![\w./]){re.escape(str(node.name))}(?![\w./])")
+    is_told = any(map(name.search, result.causes))
     is_place = place in (first.module, first.name)
     return row | {
         "first": first.tensor,
