@@ -17,7 +17,7 @@ from qdq.batch import list_filled_batches
 from qdq.calibrate.collect import Collection
 from qdq.calibrate.weights import solve_weight
 from qdq.corrections import redoing_passes
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, StateError
 from qdq.float_rules import ONLY_PRODUCTS, reason_against_fp8
 from qdq.formats import FP8, FP8_BITS, FP8_LEAST_SM, INT8
 from qdq.forward import require_model
@@ -131,17 +131,25 @@ def choose_formats(
         trial = _Trial(model, samples, ranges, outputs, mask)
         choices = []
         groups = group_units(model, units, "shared")
+        called = _list_called_ranges(model, units)
         for group in tqdm(groups, desc="formats", unit="layer", disable=None):
-            choices.append(_choose(model, group, trial, sm, decided))
+            choices.append(_choose(model, group, trial, sm, decided, called))
         for group, choice in zip(groups, choices, strict=True):
             _apply(model, group, choice.format, ranges)
+        _disable_followers(model, groups)
+        _require_one_format(model, groups)
     return FormatChoice(sm, tuple(choices))
 
 
 def _choose(
-    model: nn.Module, group: Unit, trial: _Trial, sm: int, decided: Mapping[str, str]
+    model: nn.Module,
+    group: Unit,
+    trial: _Trial,
+    sm: int,
+    decided: Mapping[str, str],
+    called: set[TensorQuantizer],
 ) -> LayerFormat:
-    """The format of a group of layers."""
+    """The format of a group of layers; `called` are the ranges of function calls."""
     has_fp8 = sm >= FP8_LEAST_SM
     pins = {decided[name] for name in group.layers if name in decided} - {"float"}
     if _is_fp8(group):
@@ -152,7 +160,7 @@ def _choose(
         return LayerFormat(group.layers, INT8, f"SM {sm} has no FP8")
     if pins:
         return LayerFormat(group.layers, min(pins), "pinned by the plan")
-    reason = _reason_against_fp8(model, group)
+    reason = _reason_against_fp8(model, group, called)
     if reason:
         return LayerFormat(group.layers, INT8, reason)
     int8_db, fp8_db = trial.measure(group)
@@ -165,17 +173,46 @@ def _is_fp8(group: Unit) -> bool:
     return all(quantizer.format.is_float for quantizer in group.quantizers)
 
 
-def _reason_against_fp8(model: nn.Module, group: Unit) -> str:
-    """Why a group stays in int8 without being measured; "" if both formats are possible."""
+def _list_called_ranges(model: nn.Module, units: list[Unit]) -> set[TensorQuantizer]:
+    """The quantizers that hold the ranges of function calls which are quantized for themselves."""
     modules = dict(model.named_modules())
-    layers = [modules[name] for name in group.layers if name in modules]
-    if len(layers) < len(group.layers):
+    called: set[TensorQuantizer] = set()
+    for unit in units:
+        if unit.name not in modules:
+            called.update(quantizer.leader for quantizer in unit.quantizers)
+    return called
+
+
+def _reason_against_fp8(model: nn.Module, group: Unit, called: set[TensorQuantizer]) -> str:
+    """Why a group stays in int8 without being measured; "" if both formats are possible."""
+    if group.quantizers[0].leader in called:  # all inputs of a group have this range
         return "a function call is quantized with it"
-    weighted = [layer for layer in layers if isinstance(layer, QuantMixin)]
+    weighted = _list_weighted(model, group)
     if not weighted:
         return ONLY_PRODUCTS
-    reasons = [reason_against_fp8(layer) for layer in weighted]
+    reasons = [reason_against_fp8(layer) for layer in weighted.values()]
     return next(filter(None, reasons), "")
+
+
+def _list_weighted(model: nn.Module, group: Unit) -> dict[str, QuantMixin]:
+    """The layers of a group that have a weight, by dotted name."""
+    modules = dict(model.named_modules())
+    weighted = {}
+    for name in group.layers:
+        layer = modules.get(name)
+        if isinstance(layer, QuantMixin):
+            weighted[name] = layer
+    return weighted
+
+
+def _list_operands(model: nn.Module, group: Unit) -> list[TensorQuantizer]:
+    """The quantizers of a group that are on at inputs and weights of layers with a weight."""
+    operands = []
+    for layer in _list_weighted(model, group).values():
+        for quantizer in layer.quantizers().values():
+            if quantizer in group.quantizers:
+                operands.append(quantizer)
+    return operands
 
 
 class _Ranges:
@@ -246,17 +283,18 @@ class _Trial:
 
     def measure(self, group: Unit) -> tuple[float, float]:
         """SQNR in dB with the group in int8, and with it in FP8; the group is in int8 afterwards."""
-        leaders = list(dict.fromkeys(quantizer.leader for quantizer in group.quantizers))
-        int8_db = self._measure_once(group)
+        operands = _list_operands(self._model, group)
+        leaders = list(dict.fromkeys(quantizer.leader for quantizer in operands))
+        int8_db = self._measure_once(group.quantizers)
         with _restoring_formats(leaders):
             for leader in leaders:
                 self._ranges.change(leader)
-            fp8_db = self._measure_once(group)
+            fp8_db = self._measure_once(operands)
         return int8_db, fp8_db
 
-    def _measure_once(self, group: Unit) -> float:
+    def _measure_once(self, quantizers: Iterable[TensorQuantizer]) -> float:
         with disable_quantization(self._model):
-            for quantizer in group.quantizers:
+            for quantizer in quantizers:
                 quantizer.enable()
             outputs = predict(self._model, self._samples, **self._view)
         decibels = {}
@@ -284,19 +322,39 @@ def _apply(model: nn.Module, group: Unit, chosen: str, ranges: _Ranges) -> None:
         for quantizer in group.quantizers:
             quantizer.disable()
     elif chosen == FP8.name and not _is_fp8(group):
+        operands = _list_operands(model, group)
         for quantizer in group.quantizers:
+            if quantizer not in operands:
+                quantizer.disable()  # it serves int8 only; its range may be that of another group
+        for quantizer in operands:
             ranges.change(quantizer)
-        _disable_calls(model, group)
 
 
-def _disable_calls(model: nn.Module, group: Unit) -> None:
-    """Switch off the quantizers that serve int8 only: those of layers without a weight and of sums."""
-    modules = dict(model.named_modules())
-    kept: set[TensorQuantizer] = set()
-    for name in group.layers:
-        layer = modules[name]
-        if isinstance(layer, QuantMixin):
-            kept.update(layer.quantizers().values())
-    for quantizer in group.quantizers:
-        if quantizer not in kept:
-            quantizer.disable()
+def _disable_followers(model: nn.Module, groups: list[Unit]) -> None:
+    """Switch off the quantizers of layers in int8 on shortcuts whose range has become one of FP8."""
+    for group in groups:
+        if _is_fp8(group):
+            continue
+        operands = _list_operands(model, group)
+        for quantizer in group.quantizers:
+            if quantizer.format.is_float and quantizer not in operands:
+                quantizer.disable()
+
+
+def _require_one_format(model: nn.Module, groups: list[Unit]) -> None:
+    """Refuse a layer whose input and weight differ in format: TensorRT would compute it in float.
+
+    Raises:
+        StateError: With the layer.
+    """
+    for group in groups:
+        for name, layer in _list_weighted(model, group).items():
+            enabled = [
+                quantizer for quantizer in layer.quantizers().values() if quantizer.is_enabled
+            ]
+            formats = sorted({quantizer.format.name for quantizer in enabled})
+            if len(formats) > 1:
+                raise StateError(
+                    f"the operands of {name} have the formats {' and '.join(formats)}.",
+                    "swap and rewire the float model with formats=('int8', 'fp8'), and calibrate it again.",
+                )

@@ -7,6 +7,7 @@ from torch import nn
 import qdq
 from qdq import ArgumentError
 from qdq.metrics import sqnr_db
+from qdq.swap import quantized_layers
 
 BOTH = ("int8", "fp8")
 
@@ -111,3 +112,64 @@ def test_what_does_not_fit_is_refused(inputs, tmp_path):
     with pytest.raises(ArgumentError, match="formats is"):
         qdq.parse_formats("int8,int4")
     assert qdq.parse_formats("fp8, int8") == BOTH
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut has the range of the input of `conv1`."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(16, 16, 3, padding=1)
+        self.b0 = Block()
+        self.head = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.head(self.b0(torch.relu(self.stem(x)))).mean((2, 3))
+
+
+def name_formats(model):
+    """Layer -> the formats of its input and weight."""
+    formats = {}
+    for name, layer in quantized_layers(model).items():
+        quantizers = layer.quantizers().values()
+        formats[name] = {quantizer.format.name for quantizer in quantizers}
+    return formats
+
+
+@pytest.mark.parametrize("fp8", ["b0.conv1", "b0.conv2"])
+def test_fp8_of_one_layer_leaves_the_layers_of_other_groups_in_int8(fp8, tmp_path):
+    x = torch.randn(2, 16, 8, 8)
+    model = Residual().eval()
+    statistics = calibrate(model, x, tmp_path)
+    leader = model.b0.conv1.input_quantizer
+    assert model.b0._add_quantizer.leader is leader
+    pinned = {"stem": "int8", "b0.*": "int8", "head": "int8", fp8: "fp8"}
+    choice = choose(model, x, statistics, pinned=pinned)
+    assert name_formats(model) == {name: {chosen} for name, chosen in choice.formats.items()}
+    assert choice.formats[fp8] == "fp8"
+    assert (
+        not model.b0._add_quantizer.is_enabled
+    )  # FP8 computes no sum, and int8 cannot share its range
+
+
+def test_the_figure_of_fp8_is_without_the_shortcut_that_it_switches_off(tmp_path):
+    x = torch.randn(2, 16, 8, 8)
+    model = Residual().eval()
+    expected = model(x).detach().numpy()
+    statistics = calibrate(model, x, tmp_path)
+    choice = choose(model, x, statistics)
+    (measured,) = (entry.fp8_db for entry in choice.choices if entry.layers == ("b0.conv2",))
+    choose(model, x, statistics, pinned={"b0.conv2": "fp8"})
+    qdq.disable_quantization(model)
+    qdq.enable_quantization(model.b0.conv2)
+    assert sqnr_db(expected, model(x).detach().numpy()) == pytest.approx(measured, abs=1e-3)
