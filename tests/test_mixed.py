@@ -173,3 +173,21 @@ def test_the_figure_of_fp8_is_without_the_shortcut_that_it_switches_off(tmp_path
     qdq.disable_quantization(model)
     qdq.enable_quantization(model.b0.conv2)
     assert sqnr_db(expected, model(x).detach().numpy()) == pytest.approx(measured, abs=1e-3)
+
+
+@pytest.mark.parametrize("begin", [BOTH, ("fp8", "int8")])
+def test_a_saved_model_of_both_formats_is_loaded_into_a_freshly_swapped_one(begin, tmp_path):
+    x = torch.randn(2, 16, 8, 8)
+    torch.manual_seed(0)
+    model = Residual().eval()
+    statistics = calibrate(model, x, tmp_path)
+    choose(model, x, statistics, pinned={"stem": "fp8", "b0.*": "int8", "head": "fp8"})
+    path = qdq.save_tuned(model, tmp_path / "tuned.safetensors")
+    loaded = Residual().eval()
+    qdq.swap_modules(loaded, x, formats=begin)
+    qdq.rewire_operations(loaded, x, formats=begin)
+    qdq.load_tuned(loaded, path)
+    assert name_formats(loaded) == name_formats(model)
+    assert torch.equal(loaded(x), model(x))
+    qdq.load_tuned(loaded, path)  # into one that has these formats already
+    assert torch.equal(loaded(x), model(x))

@@ -26,7 +26,7 @@ from qdq.metrics import Array
 from qdq.pairs import Pair as ReferencePair
 from qdq.pairs import load_pairs
 from qdq.predictor import list_file_inputs
-from qdq.qat.checkpoint import load_formats, load_tuned
+from qdq.qat.checkpoint import load_tuned
 from qdq.references import draw_samples
 from qdq.rewire import rewire_operations
 from qdq.run import MODEL_FILE, QUANTIZED_FILE, REFERENCES_FILE, STATE_FILE
@@ -85,7 +85,6 @@ def diverge_run(run: Path, *, dumps: Path | None = None, samples: int = 1) -> Ru
     _require_file(run / QUANTIZED_FILE)
     settings = _read_settings(run)
     model, calibration = _make_model(settings)
-    load_formats(model, run / QUANTIZED_FILE)
     load_tuned(model, run / QUANTIZED_FILE)
     file = OnnxModel(onnx)
     batches = draw_samples(calibration, samples, file)

@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from qdq.text import printable
 MODEL_FORMAT = "qdq fine-tuned model 2"  # version 1 did not hold the formats
 STATE_FORMAT = "qdq fine-tuning state 1"
 _FIX = "give a file that finetune wrote, or remove it and start again."
+_DESCRIBED = ("num_bits", "unsigned", "narrow_range", "axis", "leader")
 _FORMAT_FACTS = ("format", "disabled", "quantizers")  # the facts that every model file has
 
 
@@ -128,15 +128,44 @@ def save_tuned(model: nn.Module, path: Path | str, facts: dict[str, Any] | None 
 
 
 def _describe_formats(model: nn.Module) -> dict[str, list[Any]]:
-    """Width, unsigned, narrow range and axis of each quantizer, and the name of the one that holds its range."""
+    """Width, unsigned, narrow range and axis of each quantizer, and the name of the one that holds its range.
+
+    They are values of JSON, so that those of a model and of a file can be compared.
+    """
     names = {quantizer: name for name, quantizer in named_quantizers(model)}
     descriptions: dict[str, list[Any]] = {}
     for quantizer, name in names.items():
         fmt = format_of(quantizer)
-        fields = () if fmt is None else astuple(fmt)
-        as_json = [list(field) if isinstance(field, tuple) else field for field in fields]
-        descriptions[name] = [*as_json, quantizer.axis, names.get(quantizer.leader)]
+        fields: tuple[Any, ...] = ()
+        if fmt is not None:
+            num_bits = list(FP8_BITS) if fmt.is_float else fmt.num_bits
+            fields = (num_bits, fmt.unsigned, fmt.narrow_range)
+        descriptions[name] = [*fields, quantizer.axis, names.get(quantizer.leader)]
     return descriptions
+
+
+def _list_changed_formats(
+    present: Mapping[str, list[Any]], in_file: Mapping[str, list[Any]]
+) -> dict[str, list[Any]]:
+    """The descriptions in a file of quantizers that are int8 in the model and FP8 in the file, or the reverse.
+
+    Such a model is of the same layers: `choose_formats` has changed one of them.
+    """
+    changed = {}
+    for name, description in in_file.items():
+        here = present.get(name, [])
+        if len(here) != len(description) or len(description) != len(_DESCRIBED):
+            continue
+        differing = {
+            field
+            for field, value, other in zip(_DESCRIBED, here, description, strict=True)
+            if value != other
+        }
+        widths = [here[0], description[0]]
+        is_int8_or_fp8 = all(width in (8, list(FP8_BITS)) for width in widths)
+        if "num_bits" in differing and differing <= {"num_bits", "axis"} and is_int8_or_fp8:
+            changed[name] = description
+    return changed
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -155,7 +184,8 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a model the weights, ranges and float layers that `save_tuned` or `finetune` wrote, in place.
 
-    A layer without a bias gets one if `correct_bias` had given it one.
+    A layer without a bias gets one if `correct_bias` had given it one. A quantizer that is int8 here and was FP8 there
+    becomes FP8, and the reverse, so a model in which `choose_formats` chose is loaded into one that is just swapped.
 
     Args:
         model: The model, folded, swapped and rewired as before fine-tuning; it need not be calibrated.
@@ -170,10 +200,18 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """
     require_model(model)
     tensors, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
-    _require_same(_describe_formats(model), facts["quantizers"], path)
+    present = _describe_formats(model)
+    changed = _list_changed_formats(present, facts["quantizers"])
+    _require_same(present | changed, facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))
     biases = _list_new_biases(model, tensors)
-    _require_fit({**model.state_dict(), **biases}, tensors, list(quantizers), path)
+    state = {**model.state_dict(), **biases}
+    for name in changed:
+        state.pop(f"{name}._amax", None)  # a range of the other format
+    _require_fit(state, tensors, list(quantizers), path)
+    for name, (num_bits, _, _, axis, leader) in changed.items():
+        if leader == name:
+            quantizers[name].set_format(8 if num_bits == 8 else FP8_BITS, axis)
     for name in biases:
         layer = model.get_submodule(name.rpartition(".")[0])
         layer.bias = nn.Parameter(torch.zeros_like(tensors[name], device=find_device(model)))
@@ -181,23 +219,6 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     for name, quantizer in quantizers.items():
         quantizer.is_enabled = name not in facts["disabled"]
     return {key: value for key, value in facts.items() if key not in _FORMAT_FACTS}
-
-
-def load_formats(model: nn.Module, path: Path | str) -> None:
-    """Change the quantizers to FP8 that `choose_formats` had changed before `save_tuned`, in place.
-
-    Args:
-        model: The model, swapped and rewired with formats=("int8", "fp8").
-        path: The file.
-
-    Raises:
-        DataError: The file cannot be read, or is another kind of file.
-    """
-    _, facts = load_tensors(as_path(path, "path"), MODEL_FORMAT)
-    is_fp8 = {name: fields[:1] == [list(FP8_BITS)] for name, fields in facts["quantizers"].items()}
-    for name, quantizer in named_quantizers(model):
-        if quantizer.leader is quantizer and is_fp8.get(name) and not quantizer.format.is_float:
-            quantizer.set_format(FP8_BITS)
 
 
 def _list_new_biases(
