@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,12 @@ FORMAT_NAMES = ("int8", "fp8")
 
 INT8 = "int8"
 """The name of signed 8 bit."""
+
+FLOAT = "float"
+"""The name, in plans, of what is not quantized."""
+
+PRECISIONS = (*FORMAT_NAMES, FLOAT)
+"""What a plan can say of a layer."""
 
 FP8_LEAST_SM = 89
 """Lowest compute capability with FP8, 89 for 8.9."""
@@ -162,6 +168,22 @@ def require_formats(formats: Sequence[str]) -> None:
             f"formats is {list(formats)}; known are {', '.join(FORMAT_NAMES)}, each at most once.",
             "pass ('int8',), ('fp8',) or both.",
         )
+
+
+def require_precisions(pinned: Mapping[str, str]) -> None:
+    """Refuse names of precisions that are not known.
+
+    Args:
+        pinned: Layer -> precision.
+
+    Raises:
+        ArgumentError: With the first layer.
+    """
+    for name, precision in pinned.items():
+        if precision not in PRECISIONS:
+            raise ArgumentError(
+                f"{name} is pinned to {precision!r}.", "pin to 'int8', 'fp8' or 'float'."
+            )
 
 
 def parse_formats(text: str) -> tuple[str, ...]:

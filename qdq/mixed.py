@@ -5,7 +5,7 @@ The statistics of calibration are the same for both formats, so one pass serves 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +14,30 @@ from torch import nn
 from tqdm import tqdm
 
 from qdq.batch import list_filled_batches
-from qdq.calibrate.collect import Collection
-from qdq.calibrate.weights import solve_weight
+from qdq.calibrate.collect import Collection, WeightSite
+from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.corrections import redoing_passes
-from qdq.errors import ArgumentError, StateError
+from qdq.dataflow import Dataflow
+from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.float_rules import ONLY_PRODUCTS, reason_against_fp8
-from qdq.formats import FP8, FP8_BITS, FP8_LEAST_SM, INT8
-from qdq.forward import require_model
+from qdq.formats import (
+    FLOAT,
+    FORMAT_NAMES,
+    FP8,
+    FP8_BITS,
+    FP8_LEAST_SM,
+    INT8,
+    NumBits,
+    require_precisions,
+)
+from qdq.forward import require_model, trace_forward
 from qdq.metrics import decide_db, pair_arrays, sqnr_db
 from qdq.nn import QuantMixin
+from qdq.observers.solve import require_method
 from qdq.outputs import Mask, Selection
 from qdq.predictor import predict
 from qdq.quantizer import TensorQuantizer, disable_quantization
+from qdq.rewire import list_attention
 from qdq.statistics import Statistics
 from qdq.units import Unit, find_units, group_units, match_precisions
 
@@ -102,7 +114,8 @@ def choose_formats(
     """Give each layer int8 or FP8, whichever causes the smaller error of the outputs alone; in place.
 
     Layers whose inputs have one range get one format. Attention is FP8, or float on a GPU without FP8. In a layer that
-    gets FP8, the quantizers that exist for int8 only, such as those of the shortcut after it, are switched off.
+    gets FP8, the quantizers that exist for int8 only, such as those of the shortcut after it, are switched off. What is
+    off stays off when the formats are chosen again, for another GPU.
 
     Args:
         model: A model after `swap_modules` and `rewire_operations` with formats=("int8", "fp8"), calibrated.
@@ -111,7 +124,8 @@ def choose_formats(
         sm: Compute capability of the target, 89 for 8.9.
         method: Method of the ranges of activations, for both formats; one that FP8 has.
         weight_method: Method of the ranges of weights.
-        pinned: Layer, or pattern of layers -> its precision, decided already; "float" decides nothing here.
+        pinned: Layer, or pattern of layers -> its precision, "int8", "fp8" or "float", decided already; "float" decides
+            nothing here.
         outputs: As for `predict`.
         mask: As for `predict`.
 
@@ -119,63 +133,119 @@ def choose_formats(
         The format of each layer, with the SQNR of both.
 
     Raises:
-        ArgumentError: A method that FP8 does not have, or a name that nothing quantized has.
-        StateError: Nothing is quantized, or a quantizer has no range.
+        ArgumentError: An unknown precision or method, a method that FP8 does not have, a name that nothing quantized
+            has, or a format that a pinned layer cannot have; nothing is changed then.
+        ArgumentTypeError: `sm` is not a whole number.
+        StateError: Nothing is quantized, a quantizer has no range, or a call was rewired for FP8 alone.
     """
     require_model(model)
+    require_method(method, FP8)
+    require_weight_method(weight_method)
+    _require_sm(sm)
+    pinned = pinned or {}
+    require_precisions(pinned)
     samples = list_filled_batches(batches)
     with redoing_passes(model):
-        units = find_units(model, samples[0])
-        decided = match_precisions(model, [unit.name for unit in units], pinned or {})
+        with disable_quantization(model):
+            trace = trace_forward(model, samples[0])
+        units = find_units(model, samples[0], trace)
+        decided = match_precisions(model, [unit.name for unit in units], pinned)
+        groups = _list_groups(model, units, list_attention(Dataflow(trace)), sm)
+        pins = [_find_pin(group, decided) for group in groups]
+
         ranges = _Ranges(model, statistics, method, weight_method)
+        _return_to_int8(groups, ranges)
         trial = _Trial(model, samples, ranges, outputs, mask)
         choices = []
-        groups = group_units(model, units, "shared")
-        called = _list_called_ranges(model, units)
-        for group in tqdm(groups, desc="formats", unit="layer", disable=None):
-            choices.append(_choose(model, group, trial, sm, decided, called))
+        progress = tqdm(groups, desc="formats", unit="layer", disable=None)
+        for group, pin in zip(progress, pins, strict=True):
+            choices.append(_choose(group, pin, trial))
         for group, choice in zip(groups, choices, strict=True):
-            _apply(model, group, choice.format, ranges)
-        _disable_followers(model, groups)
-        _require_one_format(model, groups)
+            _apply(group, choice.format, ranges)
+        _disable_followers(groups)
+        _require_one_format(groups)
     return FormatChoice(sm, tuple(choices))
 
 
-def _choose(
-    model: nn.Module,
-    group: Unit,
-    trial: _Trial,
-    sm: int,
-    decided: Mapping[str, str],
-    called: set[TensorQuantizer],
-) -> LayerFormat:
-    """The format of a group of layers; `called` are the ranges of function calls."""
-    has_fp8 = sm >= FP8_LEAST_SM
-    pins = {decided[name] for name in group.layers if name in decided} - {"float"}
-    if _is_fp8(group):
-        if has_fp8:
-            return LayerFormat(group.layers, FP8.name, "attention is quantized in FP8 only")
-        return LayerFormat(group.layers, "float", f"SM {sm} has no FP8, and int8 attention is slow")
-    if not has_fp8:
-        return LayerFormat(group.layers, INT8, f"SM {sm} has no FP8")
-    if pins:
-        return LayerFormat(group.layers, min(pins), "pinned by the plan")
-    reason = _reason_against_fp8(model, group, called)
-    if reason:
-        return LayerFormat(group.layers, INT8, reason)
-    int8_db, fp8_db = trial.measure(group)
-    if fp8_db > int8_db:
-        return LayerFormat(group.layers, FP8.name, "the smaller error", int8_db, fp8_db)
-    return LayerFormat(group.layers, INT8, "the smaller error", int8_db, fp8_db)
+def _require_sm(sm: int) -> None:
+    """Refuse what is no compute capability.
+
+    Raises:
+        ArgumentTypeError: It is not a whole number.
+    """
+    if isinstance(sm, bool) or not isinstance(sm, int):
+        raise ArgumentTypeError(
+            f"sm is {sm!r}, of type {type(sm).__name__}; expected a whole number, 89 for 8.9.",
+            "pass sm=89, or sm=qdq.find_target_sm('l4').",
+        )
 
 
-def _is_fp8(group: Unit) -> bool:
-    return all(quantizer.format.is_float for quantizer in group.quantizers)
+@dataclass(frozen=True)
+class _Group:
+    """Layers and calls whose inputs have one range.
+
+    Args:
+        unit: The layers, the calls and all quantizers that are on.
+        weighted: The layers that have a weight, by dotted name.
+        operands: The quantizers at inputs and weights of these layers. The others serve int8 only, and may have the
+            range of another group.
+        formats: The formats that it can have.
+        reason: Why it cannot have the others; "" if it can have int8 and FP8.
+        is_attention: Whether it is a product of attention.
+    """
+
+    unit: Unit
+    weighted: Mapping[str, QuantMixin]
+    operands: tuple[TensorQuantizer, ...]
+    formats: tuple[str, ...]
+    reason: str
+    is_attention: bool
 
 
-def _list_called_ranges(model: nn.Module, units: list[Unit]) -> set[TensorQuantizer]:
-    """The quantizers that hold the ranges of function calls which are quantized for themselves."""
+def _list_groups(
+    model: nn.Module, units: list[Unit], attention: Container[str], sm: int
+) -> list[_Group]:
+    """The groups of a model.
+
+    Args:
+        model: The model.
+        units: Its layers and calls.
+        attention: The calls that are products of attention.
+        sm: As for `choose_formats`.
+
+    Raises:
+        StateError: Another call is FP8.
+    """
     modules = dict(model.named_modules())
+    called = _list_called_ranges(units, modules)
+    groups = []
+    for unit in group_units(model, units, "shared"):
+        weighted: dict[str, QuantMixin] = {}
+        operands: list[TensorQuantizer] = []
+        for name in unit.layers:
+            layer = modules.get(name)
+            if isinstance(layer, QuantMixin):
+                weighted[name] = layer
+                operands += [
+                    quantizer
+                    for quantizer in layer.quantizers().values()
+                    if quantizer in unit.quantizers
+                ]
+        is_attention = unit.name in attention
+        if not is_attention and unit.name not in modules and unit.quantizers[0].format.is_float:
+            raise StateError(
+                f"the call {unit.name} is quantized to FP8 alone.",
+                "swap and rewire the float model with formats=('int8', 'fp8'), and calibrate it again.",
+            )
+        formats, reason = _list_formats(unit, weighted, called, sm, is_attention=is_attention)
+        groups.append(_Group(unit, weighted, tuple(operands), formats, reason, is_attention))
+    return groups
+
+
+def _list_called_ranges(
+    units: list[Unit], modules: Mapping[str, nn.Module]
+) -> set[TensorQuantizer]:
+    """The quantizers that hold the ranges of calls which are units of their own."""
     called: set[TensorQuantizer] = set()
     for unit in units:
         if unit.name not in modules:
@@ -183,36 +253,79 @@ def _list_called_ranges(model: nn.Module, units: list[Unit]) -> set[TensorQuanti
     return called
 
 
-def _reason_against_fp8(model: nn.Module, group: Unit, called: set[TensorQuantizer]) -> str:
-    """Why a group stays in int8 without being measured; "" if both formats are possible."""
-    if group.quantizers[0].leader in called:  # all inputs of a group have this range
-        return "a function call is quantized with it"
-    weighted = _list_weighted(model, group)
+def _list_formats(
+    unit: Unit,
+    weighted: Mapping[str, QuantMixin],
+    called: Container[TensorQuantizer],
+    sm: int,
+    *,
+    is_attention: bool,
+) -> tuple[tuple[str, ...], str]:
+    """The formats that a group can have, and why it cannot have the others."""
+    has_fp8 = sm >= FP8_LEAST_SM
+    if is_attention and has_fp8:
+        return (FP8.name,), "attention is quantized in FP8 only"
+    if is_attention:
+        return (FLOAT,), f"SM {sm} has no FP8, and int8 attention is slow"
+    if not has_fp8:
+        return (INT8,), f"SM {sm} has no FP8"
+    if unit.quantizers[0].leader in called:  # all inputs of the group have this range
+        return (INT8,), "a function call is quantized with it"
     if not weighted:
-        return ONLY_PRODUCTS
-    reasons = [reason_against_fp8(layer) for layer in weighted.values()]
-    return next(filter(None, reasons), "")
+        return (INT8,), ONLY_PRODUCTS
+    for layer in weighted.values():
+        if reason := reason_against_fp8(layer):
+            return (INT8,), reason
+    return FORMAT_NAMES, ""
 
 
-def _list_weighted(model: nn.Module, group: Unit) -> dict[str, QuantMixin]:
-    """The layers of a group that have a weight, by dotted name."""
-    modules = dict(model.named_modules())
-    weighted = {}
-    for name in group.layers:
-        layer = modules.get(name)
-        if isinstance(layer, QuantMixin):
-            weighted[name] = layer
-    return weighted
+def _find_pin(group: _Group, decided: Mapping[str, str]) -> str | None:
+    """The format that a plan sets for a group; None if it sets none.
+
+    Args:
+        group: The group.
+        decided: Layer -> its precision.
+
+    Raises:
+        ArgumentError: Layers of the group are pinned to different formats, or to one that it cannot have.
+    """
+    pins = {name: decided[name] for name in group.unit.layers if name in decided}
+    formats = {name: precision for name, precision in pins.items() if precision != FLOAT}
+    if not formats:
+        return None
+    first, pin = next(iter(formats.items()))
+    for name, other in formats.items():
+        if other != pin:
+            raise ArgumentError(
+                f"{first} is pinned to {pin} and {name} to {other}, but their inputs have one range.",
+                "pin both to one format.",
+            )
+    if pin not in group.formats:
+        raise ArgumentError(
+            f"{first} is pinned to {pin}, which it cannot have: {group.reason}.",
+            f"pin it to {' or '.join(dict.fromkeys([*group.formats, FLOAT]))}.",
+        )
+    return pin
 
 
-def _list_operands(model: nn.Module, group: Unit) -> list[TensorQuantizer]:
-    """The quantizers of a group that are on at inputs and weights of layers with a weight."""
-    operands = []
-    for layer in _list_weighted(model, group).values():
-        for quantizer in layer.quantizers().values():
-            if quantizer in group.quantizers:
-                operands.append(quantizer)
-    return operands
+def _return_to_int8(groups: list[_Group], ranges: _Ranges) -> None:
+    """Make all groups int8 but attention: some are FP8 after an earlier choice, or if the swap had FP8 first."""
+    for group in groups:
+        if not group.is_attention:
+            for quantizer in group.unit.quantizers:
+                ranges.change(quantizer, INT8)
+
+
+def _choose(group: _Group, pin: str | None, trial: _Trial) -> LayerFormat:
+    """The format of a group."""
+    layers = group.unit.layers
+    if len(group.formats) == 1:
+        return LayerFormat(layers, group.formats[0], group.reason)
+    if pin is not None:
+        return LayerFormat(layers, pin, "pinned by the plan")
+    int8_db, fp8_db = trial.measure(group)
+    better = FP8.name if fp8_db > int8_db else INT8
+    return LayerFormat(layers, better, "the smaller error", int8_db, fp8_db)
 
 
 class _Ranges:
@@ -235,24 +348,41 @@ class _Ranges:
         self._method = method
         self._weight_method = weight_method
 
-    def change(self, quantizer: TensorQuantizer) -> None:
-        """Make a quantizer of int8, or its leader, one of FP8, with a range."""
+    def change(self, quantizer: TensorQuantizer, name: str) -> None:
+        """Make a quantizer, or its leader, one of int8 or FP8, with a range; one that has the format stays.
+
+        Args:
+            quantizer: The quantizer.
+            name: "int8" or "fp8".
+
+        Raises:
+            ArgumentError: The statistics do not have its tensor.
+        """
         leader = quantizer.leader
-        if leader.is_fixed or leader.format.is_float:
+        if leader.is_fixed or leader.format.is_float == (name == FP8.name):
             return
-        name = self._names[leader]
-        if name in self._weights:
-            site = self._weights[name]
-            leader.set_format(FP8_BITS)
+        site = self._weights.get(self._names[leader])
+        if site is not None:
+            leader.set_format(*_describe_weight(site, name))
             leader.amax = solve_weight(site.label, site.weight, leader, self._weight_method)
             return
-        if name not in self._statistics.tensors:
+        tensor = self._statistics.tensors.get(self._names[leader])
+        if tensor is None:
             raise ArgumentError(
-                f"the statistics have no tensor {name!r}.",
+                f"the statistics have no tensor {self._names[leader]!r}.",
                 "pass the statistics that the model was calibrated from.",
             )
-        leader.set_format(FP8_BITS)
-        leader.amax = leader.solve_range(self._statistics.tensors[name], self._method)
+        leader.set_format(FP8_BITS if name == FP8.name else 8)
+        leader.amax = leader.solve_range(tensor, self._method)
+
+
+def _describe_weight(site: WeightSite, name: str) -> tuple[NumBits, int | None]:
+    """Width and axis of a weight in a format, "int8" or "fp8": those that `swap_modules` gives it."""
+    if name == FP8.name:
+        return FP8_BITS, None
+    assert isinstance(site.layer, QuantMixin)  # noqa: S101  # it has a weight
+    desc = site.layer.default_quant_desc_weight
+    return desc.num_bits, desc.axis
 
 
 class _Trial:
@@ -281,15 +411,14 @@ class _Trial:
         with disable_quantization(model):
             self._expected = predict(model, samples, **self._view)
 
-    def measure(self, group: Unit) -> tuple[float, float]:
+    def measure(self, group: _Group) -> tuple[float, float]:
         """SQNR in dB with the group in int8, and with it in FP8; the group is in int8 afterwards."""
-        operands = _list_operands(self._model, group)
-        leaders = list(dict.fromkeys(quantizer.leader for quantizer in operands))
-        int8_db = self._measure_once(group.quantizers)
+        leaders = list(dict.fromkeys(quantizer.leader for quantizer in group.operands))
+        int8_db = self._measure_once(group.unit.quantizers)
         with _restoring_formats(leaders):
             for leader in leaders:
-                self._ranges.change(leader)
-            fp8_db = self._measure_once(operands)
+                self._ranges.change(leader, FP8.name)
+            fp8_db = self._measure_once(group.operands)
         return int8_db, fp8_db
 
     def _measure_once(self, quantizers: Iterable[TensorQuantizer]) -> float:
@@ -316,39 +445,37 @@ def _restoring_formats(leaders: list[TensorQuantizer]) -> Iterator[None]:
                 leader.amax = amax
 
 
-def _apply(model: nn.Module, group: Unit, chosen: str, ranges: _Ranges) -> None:
-    """Give a group its format."""
-    if chosen == "float":
-        for quantizer in group.quantizers:
+def _apply(group: _Group, chosen: str, ranges: _Ranges) -> None:
+    """Give a group its format; it is int8, attention is FP8."""
+    if chosen == FLOAT:
+        for quantizer in group.unit.quantizers:
             quantizer.disable()
-    elif chosen == FP8.name and not _is_fp8(group):
-        operands = _list_operands(model, group)
-        for quantizer in group.quantizers:
-            if quantizer not in operands:
-                quantizer.disable()  # it serves int8 only; its range may be that of another group
-        for quantizer in operands:
-            ranges.change(quantizer)
+    elif chosen == FP8.name and not group.is_attention:
+        for quantizer in group.unit.quantizers:
+            if quantizer not in group.operands:
+                quantizer.disable()  # it serves int8 only
+        for quantizer in group.operands:
+            ranges.change(quantizer, FP8.name)
 
 
-def _disable_followers(model: nn.Module, groups: list[Unit]) -> None:
-    """Switch off the quantizers of layers in int8 on shortcuts whose range has become one of FP8."""
+def _disable_followers(groups: list[_Group]) -> None:
+    """Switch off the quantizers of sums whose range has become one of FP8 with another group."""
     for group in groups:
-        if _is_fp8(group):
+        if group.is_attention:
             continue
-        operands = _list_operands(model, group)
-        for quantizer in group.quantizers:
-            if quantizer.format.is_float and quantizer not in operands:
+        for quantizer in group.unit.quantizers:
+            if quantizer.format.is_float and quantizer not in group.operands:
                 quantizer.disable()
 
 
-def _require_one_format(model: nn.Module, groups: list[Unit]) -> None:
+def _require_one_format(groups: list[_Group]) -> None:
     """Refuse a layer whose input and weight differ in format: TensorRT would compute it in float.
 
     Raises:
         StateError: With the layer.
     """
     for group in groups:
-        for name, layer in _list_weighted(model, group).items():
+        for name, layer in group.weighted.items():
             enabled = [
                 quantizer for quantizer in layer.quantizers().values() if quantizer.is_enabled
             ]

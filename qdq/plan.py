@@ -18,7 +18,6 @@ from qdq.schema import read_yaml, validate
 if TYPE_CHECKING:
     from torch import nn
 
-PRECISIONS = ("int8", "fp8", "float")
 _FIX = "correct it by hand, see docs/analyze.md for the form, or give the plan.yaml of a run."
 _FIX_MISSING = "give the plan.yaml of a run, or one in the form that docs/analyze.md shows."
 _PINNED = "pinned"

@@ -358,10 +358,10 @@ def match_precisions(
     Args:
         model: A swapped model.
         names: Its layers and calls that a plan may name.
-        precisions: Name or pattern (see `qdq.patterns`) -> "int8" or "float".
+        precisions: Name or pattern (see `qdq.patterns`) -> "int8", "fp8" or "float".
 
     Returns:
-        Layer -> "int8" or "float". A layer that was never swapped is in float already: a plan may say so.
+        Layer -> "int8", "fp8" or "float". A layer that was never swapped is in float already: a plan may say so.
 
     Raises:
         ArgumentError: A name that matches nothing, or patterns that contradict each other.
@@ -389,8 +389,9 @@ def match_precisions(
         for name in matches:
             source = source_of.setdefault(name, pattern)
             if precision_of.setdefault(name, precision) != precision and source != name:
+                both = " and ".join(sorted({precision_of[name], precision}))
                 raise ArgumentError(
-                    f"the patterns {source!r} and {pattern!r} say float and int8 for {name}.",
+                    f"the patterns {source!r} and {pattern!r} say {both} for {name}.",
                     "make only one of them match, or use its exact name.",
                 )
     return precision_of

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qdq
-from qdq import ArgumentError
+from qdq import ArgumentError, ArgumentTypeError
 from qdq.metrics import sqnr_db
 from qdq.swap import quantized_layers
 
@@ -191,3 +192,72 @@ def test_a_saved_model_of_both_formats_is_loaded_into_a_freshly_swapped_one(begi
     assert torch.equal(loaded(x), model(x))
     qdq.load_tuned(loaded, path)  # into one that has these formats already
     assert torch.equal(loaded(x), model(x))
+
+
+def test_a_second_choice_is_that_of_a_new_model(inputs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    int8_output = model(inputs)
+    first = choose(model, inputs, statistics)
+    assert choose(model, inputs, statistics) == first
+    second = choose(model, inputs, statistics, sm=75)
+    assert second.formats == {"first": "int8", "second": "int8"}
+    assert torch.equal(model(inputs), int8_output)  # ranges of weights are per channel again
+
+
+def test_the_order_of_the_formats_changes_nothing(inputs, tmp_path):
+    model = Outliers().eval()
+    first = choose(model, inputs, calibrate(model, inputs, tmp_path / "int8 first"))
+    output = model(inputs)
+    qdq.restore_modules(model)
+    second = choose(model, inputs, calibrate(model, inputs, tmp_path / "fp8 first", BOTH[::-1]))
+    assert second == first
+    assert torch.equal(model(inputs), output)
+
+
+class Called(nn.Module):
+    """A layer that reads what a call reads, two that read one tensor, and a call with a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.up = nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 16, 3, padding=1)
+        self.query = nn.Linear(16, 16)
+        self.key = nn.Linear(16, 16)
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        x = self.last(F.interpolate(x, scale_factor=2.0)) + F.interpolate(
+            self.up(x), scale_factor=2.0
+        )
+        x = torch.tanh(x).mean((2, 3))
+        return F.linear(torch.tanh(self.query(x) + self.key(x).exp()), self.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pinned": {"up": "fp8"}}, "up is pinned to fp8, which it cannot have: a function call"),
+        ({"pinned": {"query": "fp8", "key": "int8"}}, "query is pinned to fp8 and key to int8"),
+        ({"pinned": {"query": "fp16"}}, "query is pinned to 'fp16'"),
+        ({"pinned": {"query": "fp8"}, "sm": 86}, "query is pinned to fp8, .*: SM 86 has no FP8"),
+        ({"weight_method": "bogus"}, "unknown weight method 'bogus'"),
+        ({"method": "laplace", "sm": 75}, "'laplace' is for integer codes"),
+    ],
+)
+def test_invalid_pins_and_methods_are_refused_before_anything_changes(options, message, tmp_path):
+    x = torch.randn(2, 16, 4, 4)
+    model = Called().eval()
+    statistics = calibrate(model, x, tmp_path)
+    before = name_formats(model)
+    with pytest.raises(ArgumentError, match=message):
+        choose(model, x, statistics, **options)
+    assert name_formats(model) == before
+
+
+def test_sm_is_a_whole_number(inputs, tmp_path):
+    model = Outliers().eval()
+    with pytest.raises(ArgumentTypeError, match="sm is '89'"):
+        choose(model, inputs, calibrate(model, inputs, tmp_path), sm="89")

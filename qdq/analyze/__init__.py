@@ -34,11 +34,11 @@ from qdq.analyze.sensitivity import require_labels
 from qdq.batch import list_filled_batches
 from qdq.corrections import redoing_passes
 from qdq.device import without_tf32
-from qdq.errors import ArgumentError
+from qdq.formats import require_precisions
 from qdq.forward import require_model
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
-from qdq.plan import PRECISIONS, Plan
+from qdq.plan import Plan
 from qdq.quantizer import disable_until_exit
 from qdq.units import Unit, disable_idle, find_units, group_units, match_precisions
 from qdq.work import list_unknown_work
@@ -159,7 +159,7 @@ def analyze_layers(
         precisions = pinned.precisions
     elif pinned is not None:
         precisions = pinned
-    _require_precisions(precisions)
+    require_precisions(precisions)
     samples = list_filled_batches(batches)
     metric_used = options.chosen_metric
     require_labels(metric_used.outputs, samples[0])
@@ -216,14 +216,6 @@ def _list_fp8_layers(units: list[Unit]) -> frozenset[str]:
         if unit.quantizers[0].format.is_float:
             names.update(unit.layers)
     return frozenset(names)
-
-
-def _require_precisions(pinned: Mapping[str, str]) -> None:
-    for name, precision in pinned.items():
-        if precision not in PRECISIONS:
-            raise ArgumentError(
-                f"{name} is pinned to {precision!r}.", "pin to 'int8', 'fp8' or 'float'."
-            )
 
 
 def _pin(

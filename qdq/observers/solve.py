@@ -33,7 +33,6 @@ def _percentile(
 
 
 def _entropy(statistics: TensorStatistics, fmt: Format) -> float:
-    _require_integers(fmt, "entropy")
     counts = statistics.magnitudes(fmt.unsigned)
     amax = solve_entropy(counts, statistics.width, fmt, start_bin=min(fmt.qmax + 1, counts.size))
     # If almost no value is near 0, the divergence is smallest for ranges that clip almost everything.
@@ -68,26 +67,11 @@ def _mean_std(statistics: TensorStatistics, fmt: Format, *, num_std: float = 4.0
 
 
 def _laplace(statistics: TensorStatistics, fmt: Format) -> float:
-    _require_integers(fmt, "laplace")
     return laplace_ratio(fmt.qmax) * statistics.laplace_b
 
 
 def _gauss(statistics: TensorStatistics, fmt: Format) -> float:
-    _require_integers(fmt, "gauss")
     return gauss_ratio(fmt.qmax) * statistics.gauss_sigma
-
-
-def _require_integers(fmt: Format, method: str) -> None:
-    """Refuse FP8 for a method whose formula has equal steps.
-
-    Raises:
-        ArgumentError: The format is FP8.
-    """
-    if fmt.is_float:
-        raise ArgumentError(
-            f"the method {method!r} is for integer codes, whose steps are equal; those of FP8 grow with the values.",
-            f"use one of {', '.join(list_methods(fmt))}.",
-        )
 
 
 SOLVERS: dict[str, Solver] = {
@@ -131,6 +115,7 @@ def solve_amax(
         ArgumentError: An unknown method, one that the format does not have, an option that it does not have, or one
             out of range.
     """
+    require_method(method, fmt)
     solver = require_solver(method)
     option_names = getattr(solver, "__kwdefaults__", None) or {}
     unknown = sorted(options.keys() - option_names.keys())
@@ -158,3 +143,17 @@ def require_solver(method: str) -> Solver:
             "choose one of them with --calib-method (or method=).",
         )
     return SOLVERS[method]
+
+
+def require_method(method: str, fmt: Format) -> None:
+    """Refuse FP8 for a method whose formula has equal steps.
+
+    Raises:
+        ArgumentError: An unknown method, or one that the format does not have.
+    """
+    require_solver(method)
+    if method not in list_methods(fmt):
+        raise ArgumentError(
+            f"the method {method!r} is for integer codes, whose steps are equal; those of FP8 grow with the values.",
+            f"use one of {', '.join(list_methods(fmt))}.",
+        )
