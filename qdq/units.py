@@ -361,12 +361,14 @@ def match_precisions(
         precisions: Name or pattern (see `qdq.patterns`) -> "int8", "fp8" or "float".
 
     Returns:
-        Layer -> "int8", "fp8" or "float". A layer that was never swapped is in float already: a plan may say so.
+        Layer -> "int8", "fp8" or "float". A layer that was never swapped, or whose quantizers are off, is in
+        float already: a plan may say so.
 
     Raises:
         ArgumentError: A name that matches nothing, or patterns that contradict each other.
     """
     modules = dict(model.named_modules())
+    switched = _Quantizers(model).by_name  # on or off
     layers = frozenset(names)
     precision_of: dict[str, str] = {}
     source_of: dict[str, str] = {}  # layer -> the name or pattern that set its precision
@@ -380,7 +382,9 @@ def match_precisions(
 
     for pattern, precision in patterns.items():
         matches = _match_layers(model, modules, names, pattern)
-        is_in_float = precision == "float" and _is_float_layer(modules.get(pattern))
+        is_in_float = precision == "float" and (
+            pattern in switched or _is_float_layer(modules.get(pattern))
+        )
         if not matches and not is_in_float:
             raise ArgumentError(
                 f"the plan sets {pattern!r} to {precision}, but nothing quantized here has this name.",

@@ -257,6 +257,25 @@ def test_invalid_pins_and_methods_are_refused_before_anything_changes(options, m
     assert name_formats(model) == before
 
 
+@pytest.mark.parametrize(("formats", "pin"), [(("int8",), "fp8"), (("fp8",), "int8")])
+def test_the_analysis_takes_no_pin_to_another_format(formats, pin, inputs, tmp_path):
+    model = Outliers().eval()
+    calibrate(model, inputs, tmp_path, formats)
+    with pytest.raises(ArgumentError, match=f"second is pinned to {pin}, but it is quantized to"):
+        qdq.analyze_layers(model, [inputs], pinned={"second": pin})
+    plan = qdq.analyze_layers(model, [inputs], pinned={"second": formats[0]}).plan
+    assert plan.precisions == {"first": formats[0], "second": formats[0]}
+
+
+def test_attention_that_the_target_left_in_float_may_be_pinned_to_float(tmp_path):
+    x = torch.randn(2, 16, 64)
+    model = Attention().eval()
+    statistics = calibrate(model, x, tmp_path)
+    choose(model, x, statistics, sm=75)
+    pinned = {"layer.scaled_dot_product_attention": "float"}
+    assert qdq.analyze_layers(model, [x], pinned=pinned, max_float_layers=0).layers
+
+
 def test_sm_is_a_whole_number(inputs, tmp_path):
     model = Outliers().eval()
     with pytest.raises(ArgumentTypeError, match="sm is '89'"):

@@ -34,7 +34,8 @@ from qdq.analyze.sensitivity import require_labels
 from qdq.batch import list_filled_batches
 from qdq.corrections import redoing_passes
 from qdq.device import without_tf32
-from qdq.formats import require_precisions
+from qdq.errors import ArgumentError
+from qdq.formats import FLOAT, FP8, INT8, require_precisions
 from qdq.forward import require_model
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
@@ -100,8 +101,9 @@ def analyze_layers(
             the worst output counts. Outputs of other scales are never added up.
         groups: Layers that are left in float together: None (each layer by itself), "block", "shared" (layers whose
             inputs have one range) or patterns, each of which makes a group.
-        pinned: Layer, or pattern of layers -> "int8" or "float": already decided, so neither ranked nor changed. Or the
-            plan of an earlier analysis. An exact name takes precedence over patterns.
+        pinned: Layer, or pattern of layers -> "float", or the format that it has, "int8" or "fp8": already decided, so
+            neither ranked nor changed. Or the plan of an earlier analysis. An exact name takes precedence over
+            patterns.
         confirm: Rank by an estimate, which costs one to two evaluations, and measure only this many units exactly.
             None measures all of fewer than 200 units; from 200 units on it measures 32, or twice `max_float_layers`
             if that is more, as the time of the exact analysis grows with their square.
@@ -128,8 +130,8 @@ def analyze_layers(
 
     Raises:
         ArgumentError: An unknown name, a target for a metric that is not given, a number out of range, options that
-            contradict each other, a pattern that matches nothing, outputs that do not exist, or a file that cannot be
-            written.
+            contradict each other, a pattern that matches nothing, a layer pinned to another format than it has, outputs
+            that do not exist, or a file that cannot be written.
         DataError: No batch, "top1" without labels, or a file that is not a profile.
         StateError: No layer is quantized, a layer has no amax, the outputs contain NaN, or a metric function does not
             return a number; `confirm` is used in `torch.inference_mode` or with a model that was created there.
@@ -226,13 +228,24 @@ def _pin(
     Args:
         model: The model.
         units: All units, each a single layer or call.
-        pinned: Layer, or pattern of layers -> "int8" or "float".
+        pinned: Layer, or pattern of layers -> "int8", "fp8" or "float".
         undo: Switches the layers on again when it is closed.
 
     Returns:
         The units that are not pinned, and the precision of each layer that is.
+
+    Raises:
+        ArgumentError: A layer is pinned to another format than it has.
     """
     decided = match_precisions(model, [unit.name for unit in units], pinned)
+    fp8_layers = _list_fp8_layers(units)
+    for unit in units:
+        present = FP8.name if unit.name in fp8_layers else INT8
+        if decided.get(unit.name, FLOAT) not in (present, FLOAT):
+            raise ArgumentError(
+                f"{unit.name} is pinned to {decided[unit.name]}, but it is quantized to {present}.",
+                f"pin it to {present} or float, or let choose_formats(pinned=...) change its format first.",
+            )
     for unit in units:
         if decided.get(unit.name) == "float":
             disable_until_exit(unit.quantizers, undo)
