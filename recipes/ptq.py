@@ -12,7 +12,7 @@ import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_layers
+from qdq.cli.refusals import check_formats, check_layers, choose_target_sm
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
 
@@ -70,14 +70,15 @@ def ptq(
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
             error.
-        target: The GPU that formats are chosen for: t4, a10, orin, l4, rtx40, h100, thor, rtx50 or another that
-            --gpu takes. By default the one that the engine is built for.
+        target: The GPU that formats are chosen for and that the engine is built for: t4, a10, orin, l4, rtx40, h100,
+            thor, rtx50 or another that --gpu takes. By default that of --sm.
         precision: Type of the float layers in the exported file; auto is fp16 for fp8 and fp32 for int8.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
             detectors and segmentation.
         device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one.
-        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
+        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the target or of the
+            device, on a CPU 89.
         seed: Seed of random weights, crops and the choice of samples.
     """
     settings = dict(locals())
@@ -85,9 +86,13 @@ def ptq(
     # Invalid options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     run_device = qdq.choose_device(device)
-    backend = qdq.find_backend("auto", sm, gpu_sm=qdq.find_sm(run_device))
     format_names = qdq.parse_formats(formats)
-    target_sm = backend.sm if target is None else qdq.find_target_sm(target)
+    target_sm = choose_target_sm(target, sm)
+    gpu_sm = qdq.find_sm(run_device) if target_sm is None else target_sm
+    backend = qdq.find_backend("auto", sm, gpu_sm=gpu_sm)
+    if target_sm is None:
+        target_sm = backend.sm
+    check_formats(format_names, target_sm, calib_method)
     analysis_options = analysis.as_arguments()
     pinned = None
     if plan is not None:
@@ -115,6 +120,8 @@ def ptq(
         plan=pinned,
         groups=analysis_options["groups"],
         profile=analysis_options["profile"],
+        formats=format_names,
+        sm=target_sm,
     )
     analysis.check_labels(calibration.labels)
     run = qdq.start_run(
@@ -137,9 +144,10 @@ def ptq(
     ranges = qdq.calibrate_model(
         net, calibration, method=calib_method, statistics=run.statistics_file
     )
-    outputs[f"all {formats}"] = qdq.predict(net, samples, **view)
-    scores[f"all {formats}"] = workload.measure(net)
-    judge.measure(f"calibrated, all {formats}", net)
+    start = "before the choice" if len(format_names) > 1 else f"all {format_names[0]}"
+    outputs[start] = qdq.predict(net, samples, **view)
+    scores[start] = workload.measure(net)
+    judge.measure(f"calibrated, {start}", net)
 
     if len(format_names) > 1:
         run.stage("choose formats")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -227,6 +228,11 @@ def unknown_layer(tmp_path):
     return ["--plan", tmp_path / "plan.yaml"]
 
 
+def fp8_layer(tmp_path):
+    (tmp_path / "plan.yaml").write_text("layers: {features.0: fp8}")
+    return ["--plan", tmp_path / "plan.yaml"]
+
+
 def foreign_profile(tmp_path):
     (tmp_path / "profile.json").write_text(
         '[{"count": 1}, {"name": "layer1.0.conv1/Conv", "averageMs": 1.0}]'
@@ -255,7 +261,9 @@ def bad_pattern(tmp_path):
         (["--groups", "re:["], "'re:[' is not a regular expression"),
         (["--groups", "no_such_*"], "the pattern 'no_such_*' of groups matches no quantized layer"),
         (unknown_layer, "the plan sets 'features.99' to float"),
+        (fp8_layer, "the plan sets features.0 to fp8, but the formats of this run are int8"),
         (bad_pattern, "'re:(' is not a regular expression"),
+        (["--target", "t4", "--sm", "89"], "--target t4 has SM 75, and --sm is 89"),
         (["--eval-images", "1.5"], 'unable to convert "1.5" into int'),
         (["--eval-images", "4000000000"], "4000000000 crops of a few photographs were requested"),
         (["--batch-size", "4000000000"], "crops of a few photographs were requested"),
@@ -315,6 +323,62 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in error
     assert fix.startswith("  fix: ")
     assert captured.out == ""  # no stage has begun
+
+
+@pytest.mark.parametrize(
+    ("formats", "sm", "method", "message"),
+    [
+        (("fp8",), 75, "mse", "SM 75 has no FP8"),
+        (("fp8",), 89, "entropy", "'entropy' is for integer codes"),
+        (("int8", "fp8"), 75, "laplace", "'laplace' is for integer codes"),
+    ],
+)
+def test_formats_that_cannot_be_had_are_refused(formats, sm, method, message):
+    import qdq
+    from qdq.cli.refusals import check_formats
+
+    with pytest.raises(qdq.ArgumentError, match=message):
+        check_formats(formats, sm, method)
+
+
+def test_formats_that_can_be_had():
+    from qdq.cli.refusals import check_formats, choose_target_sm
+
+    check_formats(("fp8",), 89, "best")
+    check_formats(("int8", "fp8"), 75, "mse")  # everything is int8
+    check_formats(("int8",), 75, "entropy")
+    assert choose_target_sm("h100", None) == choose_target_sm("h100", 90) == 90
+    assert choose_target_sm(None, 86) == 86
+    assert choose_target_sm(None, None) is None
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inputs = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.inputs(x)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_the_formats_of_a_plan_are_those_of_the_run_and_of_the_target():
+    import qdq
+    from qdq.cli.refusals import check_layers
+    from qdq.plan import PlanEntry
+
+    net = SimpleNamespace(
+        module=_Attention().eval(), example=torch.randn(2, 1, 16, 64), name="attention"
+    )
+    call = "scaled_dot_product_attention"
+    fp8 = qdq.Plan({call: PlanEntry("fp8"), "inputs": PlanEntry("fp8")})
+    int8 = qdq.Plan({"inputs": PlanEntry("int8")})
+    check_layers(net, plan=fp8, formats=("fp8",), sm=89)
+    check_layers(net, plan=fp8, formats=("int8", "fp8"), sm=89)
+    with pytest.raises(qdq.ArgumentError, match="inputs to int8, but the formats of this run are"):
+        check_layers(net, plan=int8, formats=("fp8",), sm=89)
+    with pytest.raises(qdq.ArgumentError, match=f"{call} to fp8, which SM 86 does not have"):
+        check_layers(net, plan=fp8, formats=("int8", "fp8"), sm=86)
 
 
 def test_calls_may_be_excluded():

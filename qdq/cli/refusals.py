@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdq.errors import ArgumentError, DependencyError
+from qdq.formats import FLOAT, FP8, FP8_LEAST_SM, INT8
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +29,8 @@ def check_layers(
     groups: str | Sequence[str] | None = None,
     layers: Sequence[str] | None = None,
     profile: Path | None = None,
+    formats: Sequence[str] = (INT8,),
+    sm: int | None = None,
 ) -> None:
     """Refuse patterns that cannot be compiled, and names of layers that the quantized model will not have.
 
@@ -41,9 +44,12 @@ def check_layers(
         groups: As for `analyze_layers`.
         layers: As for `finetune`.
         profile: As for `analyze_layers`.
+        formats: As for `swap_modules`.
+        sm: Compute capability of the target, 89 for 8.9; only formats that are chosen need it.
 
     Raises:
-        ArgumentError: An invalid regular expression, a name that matches nothing, or no layer left to train.
+        ArgumentError: An invalid regular expression, a name that matches nothing, no layer left to train, or a format
+            in the plan that the run or the target does not have.
         DataError: The profile belongs to another model.
     """
     from qdq.patterns import Patterns
@@ -65,7 +71,10 @@ def check_layers(
 
     unmatched = _list_unmatched(exclude, dict(workload.module.named_modules()))
     if precisions or group_patterns or unmatched or profile is not None:
-        _check_quantized_copy(workload, exclude, unmatched, precisions, group_patterns, profile)
+        pinned = _check_quantized_copy(
+            workload, exclude, unmatched, precisions, group_patterns, profile, formats
+        )
+        _require_possible(pinned, formats, sm)
 
 
 def _check_quantized_copy(
@@ -75,8 +84,9 @@ def _check_quantized_copy(
     precisions: Mapping[str, str],
     group_patterns: list[str],
     profile: Path | None,
-) -> None:
-    """Refuse names that a quantized copy of the model does not have."""
+    formats: Sequence[str],
+) -> dict[str, str]:
+    """Refuse names that a quantized copy of the model does not have; the precisions that the plan sets."""
     from qdq.analyze.cost import load_times
     from qdq.fold import fold_batchnorm
     from qdq.rewire import rewire_operations
@@ -88,8 +98,8 @@ def _check_quantized_copy(
     example = workload.example
     with _silent(), seeded_rng(0):
         fold_batchnorm(model, example)
-        swap_modules(model, example, exclude=exclude)
-        rewired = rewire_operations(model, example, exclude=exclude)
+        swap_modules(model, example, exclude=exclude, formats=formats)
+        rewired = rewire_operations(model, example, exclude=exclude, formats=formats)
         quantizer_names = list(find_all_quantizers(model, example))
     modules = dict(model.named_modules())
     calls = {operation.name: model for operation in rewired.operations}
@@ -106,6 +116,77 @@ def _check_quantized_copy(
     group_units(model, units, group_patterns or None)  # refuses a group without layers
     if profile is not None:
         load_times(profile, free, modules)  # refuses the profile of another model
+    return pinned
+
+
+def _require_possible(pinned: Mapping[str, str], formats: Sequence[str], sm: int | None) -> None:
+    """Refuse a format in a plan that the run or the target does not have.
+
+    Args:
+        pinned: Layer -> precision.
+        formats: The formats of the run.
+        sm: As for `check_layers`.
+
+    Raises:
+        ArgumentError: With the first layer.
+    """
+    for name, precision in pinned.items():
+        if precision not in (*formats, FLOAT):
+            raise ArgumentError(
+                f"the plan sets {name} to {precision}, but the formats of this run are {', '.join(formats)}.",
+                f"set it to {' or '.join([*formats, FLOAT])}, or run qdq ptq with --formats int8,fp8.",
+            )
+        if precision == FP8.name and sm is not None and sm < FP8_LEAST_SM:
+            raise ArgumentError(
+                f"the plan sets {name} to fp8, which SM {sm} does not have.",
+                f"set it to int8 or float, or choose a target of SM {FP8_LEAST_SM} or above.",
+            )
+
+
+def choose_target_sm(target: str | None, sm: int | None) -> int | None:
+    """The compute capability that --target and --sm name; None if there is neither.
+
+    Args:
+        target: As for `find_target_sm`.
+        sm: Compute capability, 89 for 8.9.
+
+    Raises:
+        ArgumentError: An unknown target, or one of another compute capability than `sm`.
+    """
+    from qdq.roofline import find_target_sm
+
+    if target is None:
+        return sm
+    target_sm = find_target_sm(target)
+    if sm not in (None, target_sm):
+        raise ArgumentError(
+            f"--target {target} has SM {target_sm}, and --sm is {sm}.", "give one of the two."
+        )
+    return target_sm
+
+
+def check_formats(formats: Sequence[str], sm: int, method: str) -> None:
+    """Refuse formats that the target does not have, and a method that has no range for one of them.
+
+    Args:
+        formats: As for `swap_modules`.
+        sm: Compute capability of the target.
+        method: As for `calibrate_model`.
+
+    Raises:
+        ArgumentError: FP8 alone for a target without it, or a method for integers only.
+    """
+    if FP8.name not in formats:
+        return
+    if INT8 not in formats and sm < FP8_LEAST_SM:
+        raise ArgumentError(
+            f"--formats is fp8, and SM {sm} has no FP8: that begins with SM {FP8_LEAST_SM}.",
+            "pass --formats int8, or a --target with FP8, such as l4.",
+        )
+    if method != "best":
+        from qdq.observers.solve import require_method
+
+        require_method(method, FP8)
 
 
 def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
