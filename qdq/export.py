@@ -339,6 +339,7 @@ def _require_exportable(model: nn.Module) -> None:
             enabled[name] = quantizer
     _require_calibrated(enabled)
     _require_formats(enabled)
+    _require_one_format(model)
     _require_numbers(model, enabled)
 
 
@@ -413,6 +414,23 @@ def _require_formats(enabled: Mapping[str, TensorQuantizer]) -> None:
                 f"{name} has narrow_range, and ONNX and TensorRT clamp to -128 (R-RANGE).",
                 "set narrow_range=False and evaluate again.",
             )
+
+
+def _require_one_format(model: nn.Module) -> None:
+    """Refuse layers whose operands have different formats, because TensorRT runs such products in float."""
+    mixed = []
+    for name, layer in sorted(quantized_layers(model).items()):
+        if not isinstance(layer, QuantMixin):
+            continue
+        enabled = [quantizer for quantizer in layer.quantizers().values() if quantizer.is_enabled]
+        formats = {quantizer.format.name for quantizer in enabled}
+        if len(formats) > 1:
+            mixed.append(f"{name} ({' and '.join(sorted(formats))})")
+    if mixed:
+        raise ExportError(
+            f"{len(mixed)} layers have operands of different formats: {list_names(mixed, 3)}.",
+            "give the descriptors of input and weight the same num_bits; TensorRT has no product of two formats.",
+        )
 
 
 def _require_numbers(model: nn.Module, enabled: Mapping[str, TensorQuantizer]) -> None:

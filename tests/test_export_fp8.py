@@ -14,6 +14,7 @@ import qdq
 from qdq import ArgumentError
 from qdq.check.parity import OnnxModel, has_fp8
 from qdq.metrics import sqnr_db
+from qdq.nn import QuantLinear
 
 
 @pytest.fixture
@@ -36,6 +37,22 @@ def network():
 def load(path):
     graph = onnx.load(path).graph
     return graph, {tensor.name: tensor for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize(("input_bits", "weight_bits"), [((4, 3), 8), (8, (4, 3))])
+def test_a_layer_of_two_formats_is_refused(input_bits, weight_bits, tmp_path):
+    layer = QuantLinear(
+        32,
+        32,
+        quant_desc_input=qdq.QuantDescriptor(num_bits=input_bits),
+        quant_desc_weight=qdq.QuantDescriptor(num_bits=weight_bits),
+    )
+    model = nn.Sequential(layer).eval()
+    x = torch.randn(4, 32)
+    qdq.calibrate_model(model, [x], method="max")
+    with pytest.raises(qdq.ExportError, match=r"different formats: 0 \(fp8 and int8\)"):
+        qdq.export_onnx(model, x, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_what_is_stored(network, tmp_path):

@@ -136,6 +136,24 @@ def test_fp8_attention_and_product_are_clean(tmp_path):
         assert report.findings == ()
 
 
+@pytest.mark.parametrize(
+    ("types", "words"),
+    [
+        ((files.E4M3, TensorProto.INT8), "its operands are FP8 and int8"),
+        ((TensorProto.INT8, files.E4M3), "its operands are int8 and FP8"),
+    ],
+)
+def test_a_product_of_two_types_is_named(types, words, tmp_path):
+    file = files.File()
+    file.pair("x", "xd", dtype=types[0])
+    file.weight(files.codes_of(64, 64), 0.02, types[1])
+    file.node("MatMul", ["xd", "wd"], "m")
+    file.node("Relu", ["m"], "y")
+    (finding,) = check_onnx(file.save(tmp_path / "m.onnx", [8, 64], [8, 64])).problems
+    assert (finding.rule, finding.severity, finding.node) == ("QDQ110", "warning", "m")
+    assert words in finding.message
+
+
 def test_int8_attention_is_still_named(tmp_path):
     path = files.attention(tmp_path / "m.onnx", dtype=TensorProto.INT8, softmax_scale=1 / 127)
     (finding,) = check_onnx(path).problems

@@ -19,7 +19,7 @@ _PRODUCTS_WITH_BIAS = ("Conv", "ConvTranspose", "Gemm")
 @register_rule(
     "QDQ110",
     "warning",
-    "Only one of the two operands of a Conv, ConvTranspose, Gemm or MatMul is quantized (R-CONV-2).",
+    "A Conv, ConvTranspose, Gemm or MatMul with only one quantized operand, or with operands of two types (R-CONV-2).",
     "It runs in float, with extra kernels for the Q and DQ. A matrix product of float with stored codes + DQ is "
     "weight-only quantization, which TensorRT fuses for int8, int4 and FP8: an info.",
     "[probe] float convolution plus stand-alone quantize kernels (R-MM-4)",
@@ -33,6 +33,7 @@ def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
         has_quantized_input = view.is_quantized(node.inputs[0])
         has_quantized_weight = view.is_quantized(node.inputs[1])
         if has_quantized_input == has_quantized_weight:
+            yield from _check_types(view, node)
             continue
         if _is_weight_only(view, node):
             yield from _check_stored_weight(view, node)
@@ -43,6 +44,21 @@ def _one_operand_is_quantized(view: GraphView) -> Iterator[Flaw]:
             node=name_of(node),
             message=f"only the {operand} is quantized, so it runs in float with extra kernels (R-CONV-2)",
             fix="quantize both or none.",
+        )
+
+
+def _check_types(view: GraphView, product: ir.Node) -> Iterator[Flaw]:
+    """A product whose operands have codes of two types; QDQ129 reports unsigned ones, which TensorRT reads as int8."""
+    words: dict[str, None] = {}
+    for value in product.inputs[:2]:
+        dequantizer = view.dequantizer(value)
+        if dequantizer is not None and find_code_type(dequantizer).multiplies:
+            words[view.code_word(dequantizer)] = None
+    if len(words) > 1:
+        yield Flaw(
+            node=name_of(product),
+            message=f"its operands are {' and '.join(words)}, so it runs in float with extra kernels (R-CONV-2)",
+            fix="quantize both to one type.",
         )
 
 
