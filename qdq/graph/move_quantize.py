@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from qdq.graph.fold_pad import join_pads
 from qdq.graph.pairs import (
     COPY_OPS,
     Parameters,
+    code_type_of,
     constant_of,
     has_zeros,
     input_of,
@@ -42,6 +44,9 @@ class MoveQuantizeBeforeCopies(ir.passes.InPlacePass):
     - copies of constants;
     - a Pad that stays a node, because TensorRT runs it in float after the DQ, and the product loses int8 (the windows
       of Swin);
+    - copies before an FP8 pair, if pairs of another scale read the same tensor: queries, keys and values that one layer
+      computes would each be quantized whole;
+    - the Transpose of keys before an FP8 pair: a fused attention reads the DQ (R-MHA-3);
     - from opset 21 on, the copies with which ONNX Runtime could no longer load the graph.
 
     MaxPool commutes too, but TensorRT moves the Q itself, and with a pair before it a residual Add after it costs a
@@ -176,7 +181,47 @@ def _pairs_behind(copy: ir.Node) -> list[_Pair]:
 
     if not _have_same_parameters(pairs):
         return []
+    if _is_fp8(pairs[0]) and _splits_attention(copy, pairs):
+        return []
     return pairs
+
+
+def _is_fp8(pair: _Pair) -> bool:
+    return code_type_of(pair.quantize) == ir.DataType.FLOAT8E4M3FN
+
+
+def _splits_attention(copy: ir.Node, pairs: list[_Pair]) -> bool:
+    """Whether a copy makes one operand of an attention of a tensor with several, or transposes its keys.
+
+    Args:
+        copy: The copy.
+        pairs: The equal pairs after it, at least one.
+    """
+    if is_op(copy, "Transpose") and any(map(_quantizes_second_factor, pairs)):
+        return True
+    quantizers = _quantizers_of(copy.inputs[0])
+    return any(parameters_of(node) != parameters_of(pairs[0].quantize) for node in quantizers)
+
+
+def _quantizes_second_factor(pair: _Pair) -> bool:
+    """Whether a product of matrices reads a pair as its second factor, as it does the transposed keys."""
+    for dequantize in pair.dequantizes:
+        for user, position in dequantize.outputs[0].uses():
+            if position == 1 and is_op(user, "MatMul"):
+                return True
+    return False
+
+
+def _quantizers_of(value: ir.Value | None) -> Iterator[ir.Node]:
+    """The Q that read a value, directly or through copies."""
+    values = [value]
+    while values:
+        value = values.pop()
+        for user, _ in () if value is None else value.uses():
+            if is_op(user, "QuantizeLinear"):
+                yield user
+            elif is_op(user, *COPY_OPS):
+                values += user.outputs
 
 
 def _may_quantize_input(copy: ir.Node) -> bool:
