@@ -12,6 +12,7 @@ from qdq.functions import (
     ACTIVATIONS,
     ADDITIONS,
     AVERAGES,
+    CASTS,
     CONCATS,
     CONTRACTIONS,
     CONVOLUTIONS,
@@ -80,6 +81,18 @@ def _bound_of(operation: Operation, parameter: str, position: int, default: floa
     by_position = operation.arguments.get(str(position), default)
     bound = operation.arguments.get(parameter, by_position)
     return default if bound is None else float(bound)
+
+
+def _keeps_probabilities(operation: Operation) -> bool:
+    """Whether a call leaves the values of its first input in 0 to 1: a copy, a cast, dropout, or a mask that writes 0.
+
+    Args:
+        operation: A call of any function.
+    """
+    if operation.function == "masked_fill":
+        written = operation.arguments.get("value", operation.arguments.get("2"))
+        return written == 0
+    return operation.function in COPIES | CASTS
 
 
 class Dataflow:
@@ -267,23 +280,15 @@ class Dataflow:
         return [product for product in products if product.function in MATRIX_PRODUCTS]
 
     def comes_from_softmax(self, value: int) -> bool:
-        """Whether a tensor is the output of a softmax, after functions that are no products.
+        """Whether a tensor is the output of a softmax, after copies, casts, dropout and masks: it is at most 1.
 
         Args:
             value: Number of the tensor.
         """
-        visited = {value}
-        queue = deque([value])
-        while queue:
-            producer = self._producers.get(queue.popleft())
-            if producer is None or producer.function in CONTRACTIONS:
-                continue
-            if producer.function in SOFTMAX:
-                return True
-            fresh = [source for source in producer.inputs if source not in visited]
-            visited.update(fresh)
-            queue.extend(fresh)
-        return False
+        producer = self._producers.get(value)
+        while producer is not None and _keeps_probabilities(producer):
+            producer = self._producers.get(producer.inputs[0])
+        return producer is not None and producer.function in SOFTMAX
 
     def backbone_of(self, value: int, *, through_activations: bool = False) -> Operation | None:
         """The convolution that a tensor comes from in a straight line: bias, BatchNorm and scaling fuse into it.

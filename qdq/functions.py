@@ -218,6 +218,8 @@ ACTIVATIONS = names_of("activation")
 IDENTITIES = names_of("identity")
 RESHAPES = names_of("reshape")
 COPIES = IDENTITIES | RESHAPES | names_of("copy")
+# They change the type of values; not to integers, which no product of a softmax reads.
+CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "double"})
 CONCATS = names_of("concat")
 SHAPE_READERS = frozenset({"size", "shape", "dim", "ndim", "ndimension", "numel"})
 # The functions that TensorRT fuses into the convolution before them.
