@@ -61,21 +61,34 @@ def attend(
     weights = quantizers[SOFTMAX](scores.softmax(-1))
     weights = F.dropout(weights, dropout_p, training=dropout_p > 0)
     outputs: torch.Tensor = weights @ quantizers[VALUE](value)
-    return outputs
+    if attn_mask is None:
+        return outputs
+    return outputs.masked_fill(_sees_nothing(attn_mask), 0.0)
+
+
+def _sees_nothing(attn_mask: torch.Tensor) -> torch.Tensor:
+    """Which queries may see no key, boolean `[..., queries or 1, 1]`; `F.scaled_dot_product_attention` gives them 0."""
+    if attn_mask.dtype == torch.bool:
+        return ~attn_mask.any(-1, keepdim=True)
+    return attn_mask.amax(-1, keepdim=True) == -math.inf
 
 
 def _add_mask(
     scores: torch.Tensor, attn_mask: torch.Tensor | None, *, is_causal: bool
 ) -> torch.Tensor:
-    """The scores, minus infinity where a query must not see a key."""
+    """The scores, minus infinity where a query must not see a key.
+
+    A query that may see none sees all, because the softmax of minus infinity alone is NaN; `attend` sets its outputs to
+    0 behind the last product, so that nothing comes between the operators that TensorRT fuses.
+    """
     if is_causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, -math.inf)
     if attn_mask is None:
         return scores
     if attn_mask.dtype == torch.bool:
-        return scores.masked_fill(~attn_mask, -math.inf)
-    return scores + attn_mask
+        return scores.masked_fill(~attn_mask & ~_sees_nothing(attn_mask), -math.inf)
+    return scores + attn_mask.masked_fill(_sees_nothing(attn_mask), 0.0)
 
 
 def takes_place(function: str, operands: Mapping[int, Any]) -> bool:

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import qdq
+from qdq.build import build_engine
+from qdq.check.parity import OnnxModel
 from qdq.nn.attend import KEY, QUERY, SOFTMAX, VALUE, attend
 
 OFF = {operand: nn.Identity() for operand in (QUERY, KEY, VALUE, SOFTMAX)}
+DIAGONAL = torch.eye(16, dtype=torch.bool)
 BOOLEAN = torch.ones(5, 7, dtype=torch.bool).tril(2)
 
 
@@ -32,6 +35,37 @@ def test_equals_the_function_of_torch(options):
     key, value = torch.randn(2, 2, num_key_heads, 7, 8, dtype=torch.float64)
     expected = F.scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(attend(OFF, query, key, value, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "mask", [BOOLEAN & (torch.arange(5) != 2)[:, None], BOOLEAN[:1] & False], ids=["row", "all"]
+)
+@pytest.mark.parametrize("is_boolean", [True, False])
+def test_a_query_that_sees_no_key_is_zero(mask, is_boolean, tmp_path):
+    """In torch as in `F.scaled_dot_product_attention`, and in ONNX Runtime as in torch."""
+    query = torch.randn(2, 4, 5, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 4, 7, 8, dtype=torch.float64)
+    if not is_boolean:
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -math.inf)
+    expected = F.scaled_dot_product_attention(query, key, value, mask)
+    assert (expected == 0).all(-1).any()
+    torch.testing.assert_close(attend(OFF, query, key, value, mask), expected)
+
+    class Masked(nn.Module):
+        def forward(self, query, key, value, mask):
+            return F.scaled_dot_product_attention(query, key, value, mask)
+
+    mask = mask if is_boolean else mask.float()
+    batch = {"query": query.float(), "key": key.float(), "value": value.float(), "mask": mask}
+    model = Masked().eval()
+    qdq.rewire_operations(model, batch, formats=("fp8",))
+    qdq.calibrate_model(model, [batch], method="max")
+    torch.testing.assert_close(model(**batch), expected.float(), atol=0.3, rtol=0.1)
+    for precision in ("fp32", "fp16"):
+        path = tmp_path / f"{precision}.onnx"
+        qdq.export_onnx(model, batch, path, precision=precision, dynamic_batch=False)
+        (outputs,) = OnnxModel(path)(*(tensor.numpy() for tensor in batch.values()))
+        torch.testing.assert_close(torch.from_numpy(outputs), model(**batch), atol=0.05, rtol=0.01)
 
 
 def test_dropout_drops_weights():
@@ -64,19 +98,22 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """The attention of torch."""
 
-    def __init__(self):
+    def __init__(self, need_weights):
         super().__init__()
+        self.need_weights = need_weights
         self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
 
     def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0]
+        return self.attention(x, x, x, need_weights=self.need_weights)[0]
 
 
 WAYS = ["function", "scale first", "scale last", "module"]
 
 
 def make(way):
-    return (Layer() if way == "module" else Attention(way)).eval()
+    if way in ("module", "weights"):
+        return Layer(need_weights=way == "weights").eval()
+    return Attention(way).eval()
 
 
 def quantize(model, x, formats=("fp8",)):
@@ -162,6 +199,58 @@ def test_int8_leaves_attention_alone(way):
     model = make(way)
     plan = quantize(model, x, formats=("int8",))
     assert all(operation.action == "float" for operation in plan.operations)
+
+
+@pytest.mark.trt
+@pytest.mark.parametrize("way", [*WAYS, "weights"])
+def test_an_exported_file_breaks_no_rule_and_is_one_kernel(way, tmp_path):
+    """Of one layer for query, key and value, which have different scales."""
+    pytest.importorskip("tensorrt_rtx")
+    x = torch.randn(2, 64, 64)
+    model = make(way)
+    quantize(model, x)
+    path = qdq.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False).path
+    rules = {finding.rule for finding in qdq.check_onnx(path, sm=89).findings}
+    assert rules <= {
+        "QDQ121",
+        "QDQ124",
+    }  # float32 at the outputs, and a quantized layer that computes them
+    (attention,) = build_engine(path, backend="rtx", sm=89).attention
+    assert attention.is_fused
+
+
+class Product(nn.Module):
+    """Attention whose weights a function changes."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, q, k, v):
+        return self.change((q @ k.transpose(-2, -1)).softmax(-1)) @ v
+
+
+@pytest.mark.parametrize(
+    ("change", "is_fixed"),
+    [
+        (lambda weights: weights.masked_fill(DIAGONAL, 0.0).to(torch.float32), True),
+        (lambda weights: F.dropout(weights, 0.1, False).reshape(1, 2, 16, 16), True),
+        (lambda weights: weights * 8, False),
+        (lambda weights: weights.masked_fill(DIAGONAL, 8.0), False),
+    ],
+    ids=["mask and cast", "dropout and reshape", "factor", "fill"],
+)
+def test_the_range_is_fixed_only_below_1(change, is_fixed):
+    model = Product(change).eval()
+    inputs = dict(zip("qkv", torch.randn(3, 1, 2, 16, 32), strict=True))
+    expected = model(**inputs)
+    qdq.rewire_operations(model, inputs, formats=("fp8",))
+    qdq.calibrate_model(model, [inputs], method="max")
+    quantizer = model.get_submodule("_matmul_1_input0_quantizer")
+    assert quantizer.is_fixed == is_fixed
+    assert quantizer.amax.item() == (1 if is_fixed else pytest.approx(8, abs=0.5))
+    error = model(**inputs) - expected
+    assert 10 * (expected.square().sum() / error.square().sum()).log10() > 18
 
 
 def test_the_softmax_keeps_its_range_in_training():
