@@ -104,6 +104,41 @@ def test_the_rest_is_fp16_by_default(network, tmp_path):
     assert sqnr_db(expected, output) > min(30, floor - 3)
 
 
+FUNCTION = """
+<ir_version: 10, opset_import: ["" : 19, "local" : 1]>
+g (float[4] x) => (float[4] y)
+<float s = {0.01}%s> { y = local.round(x%s) }
+<domain: "local", opset_import: ["" : 19]>
+round (x%s) => (y)
+{
+    s = Constant <value_float = 0.01> ()
+    %s
+    q = QuantizeLinear (x, s, z)
+    y = DequantizeLinear (q, s, z)
+}
+"""
+
+
+@pytest.mark.parametrize("is_argument", [True, False])
+def test_fp8_in_a_function_is_seen(is_argument, tmp_path):
+    zero = "z = Constant <value = float8e4m3fn {0}> ()"
+    parts = (", float8e4m3fn z = {0}", ", z", ", z", "") if is_argument else ("", "", "", zero)
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.parser.parse_model(FUNCTION % parts), path)
+    assert has_fp8(path)
+
+
+def test_the_default_session_is_not_measured(network, tmp_path):
+    """Both sessions of qdq run an FP8 file alike, so there is nothing to compare."""
+    model, x = network
+    path = qdq.export_onnx(model, x, tmp_path / "m.onnx").path
+    plain, default = (qdq.predict(path, [x], session=session) for session in ("plain", "default"))
+    report = qdq.check_onnx(path, expected=plain, found=plain, found_default=default)
+    assert report.parity is not None
+    assert report.default_parity is None
+    assert "default session against" not in report.format_table()
+
+
 def test_int8_stays_fp32_by_default(network, tmp_path):
     model, x = network
     qdq.restore_modules(model)

@@ -163,9 +163,23 @@ def has_fp8(path: Path) -> bool:
         model = ir.load(path)
     except Exception:  # the message of ONNX Runtime says more
         return False
-    for node in model.graph.all_nodes():
-        if is_op(node, *QDQ_OPS) and code_type_of(node) == ir.DataType.FLOAT8E4M3FN:
+    return uses_fp8(model)
+
+
+def uses_fp8(model: ir.Model) -> bool:
+    """Whether a graph, a body in it or a function of the file has Q or DQ of FP8.
+
+    Args:
+        model: The type of the codes may be that of a constant that is an argument of a function.
+    """
+    for value in model.graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT8E4M3FN:
             return True
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            if is_op(node, *QDQ_OPS) and code_type_of(node) == ir.DataType.FLOAT8E4M3FN:
+                return True
     return False
 
 

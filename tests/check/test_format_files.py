@@ -8,9 +8,9 @@ from qdq import check_onnx
 
 # case -> file, promised type, expected type, ids of the findings
 CASES = {
-    "FP8": (files.fp8_matmul, "FP8", "FP8", []),
-    "FP8 per channel": (lambda path: files.fp8_matmul(path, axis=1), "FP8", "FP8", []),
-    "FP8 convolution": (files.fp8_conv, "FP8", "FP8", []),
+    "FP8": (files.fp8_matmul, "FP8", "FP8", ["QDQ138"]),
+    "FP8 per channel": (lambda path: files.fp8_matmul(path, axis=1), "FP8", "FP8", ["QDQ138"]),
+    "FP8 convolution": (files.fp8_conv, "FP8", "FP8", ["QDQ138"]),
     "FP8 of TensorRT": (files.trt_fp8, "FP8", "FP8", ["QDQ201", *["QDQ206"] * 4]),
     "FP8 weights": (
         lambda path: files.weight_only(path, files.E4M3),

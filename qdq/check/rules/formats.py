@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qdq.check.rules.registry import Flaw, register_rule
 from qdq.check.rules.view import COPY_OPS, GraphView, is_op, name_of
 from qdq.graph.code_types import find_code_type, list_lacking
+from qdq.text import list_names
 
 _HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
@@ -104,29 +105,40 @@ def _convolution_has_channel_scales(view: GraphView) -> Iterator[Flaw]:
 @register_rule(
     "QDQ138",
     "info",
-    "ONNX Runtime removes a Relu in front of a Q to FP8.",
+    "ONNX Runtime's default session changes the results of a file with FP8 Q/DQ.",
     "At its graph optimization levels EXTENDED and ALL, the default, ONNX Runtime takes zero point 0 for the smallest "
-    "value of the type, as in uint8, and drops the Relu: negative values stay negative. TensorRT is not affected. qdq "
-    "runs such a file at level BASIC.",
-    "measured: ONNX Runtime 1.32 computes [-1.92, -0.96, 0.96, 1.92] from [-2, -1, 1, 2]; a network of two "
-    "convolutions has 0.6 dB against torch, and 133.9 dB at level BASIC",
+    "value of the type, as in uint8, and drops a Relu before a Q: negative values stay negative. It writes biases as "
+    "int32, in units that half precision cannot hold. It moves a Transpose between a Q and its DQ, and has no "
+    "Transpose of FP8. TensorRT is not affected. qdq runs such a file without these three.",
+    "measured: ONNX Runtime 1.32 computes [-1.92, -0.96, 0.96, 1.92] from Relu and Q/DQ of [-2, -1, 1, 2]; a network "
+    "of two convolutions has 0.6 dB against torch, and 133.9 dB at level BASIC",
 )
-def _runtime_removes_relu(view: GraphView) -> Iterator[Flaw]:
-    """Name the Relu, if Q to FP8 are all that reads it, and it is not in half precision.
+def _runtime_changes_fp8(view: GraphView) -> Iterator[Flaw]:
+    """Name the graph, once for all of its Q; weights of FP8 alone, without a Q, are safe."""
+    if not any(_quantizes_to_fp8(view, node) for node in view.quantizers):
+        return
+    message = "ONNX Runtime's default session changes the results of its FP8 Q/DQ"
+    relus = [name_of(node) for node in view.select("Relu") if _is_removed(view, node)]
+    if relus:
+        message += f", and lets negative values pass {list_names(relus, 3)}"
+    yield Flaw(
+        node=view.model.graph.name or "graph",
+        message=message,
+        fix="in ONNX Runtime set graph_optimization_level to ORT_ENABLE_BASIC and session.disable_quant_qdq to 1, and "
+        "leave out the TransposeOptimizer; TensorRT needs no change.",
+    )
+
+
+def _is_removed(view: GraphView, relu: ir.Node) -> bool:
+    """Whether Q to FP8 are all that reads a Relu, and it is not in half precision.
 
     ONNX Runtime keeps a Relu with another reader, and on a CPU one in half precision, which it casts.
     """
-    for node in view.select("Relu"):
-        output = node.outputs[0]
-        if output.is_graph_output() or view.dtype(output) in _HALVES:
-            continue
-        readers = list(view.reached(output, COPY_OPS | {"Identity"}))
-        if readers and all(_quantizes_to_fp8(view, reader) for reader in readers):
-            yield Flaw(
-                node=name_of(node),
-                message="ONNX Runtime removes it by default, because a Q to FP8 follows: negative values pass",
-                fix="in ONNX Runtime set graph_optimization_level to ORT_ENABLE_BASIC; TensorRT needs no change.",
-            )
+    output = relu.outputs[0]
+    if output.is_graph_output() or view.dtype(output) in _HALVES:
+        return False
+    readers = list(view.reached(output, COPY_OPS | {"Identity"}))
+    return bool(readers) and all(_quantizes_to_fp8(view, reader) for reader in readers)
 
 
 def _quantizes_to_fp8(view: GraphView, node: ir.Node) -> bool:
