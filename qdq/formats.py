@@ -58,17 +58,18 @@ class Format:
 
     def __post_init__(self) -> None:
         if isinstance(self.num_bits, tuple):
-            self._require_fp8()
+            self._require_fp8(self.num_bits)
         elif not 2 <= self.num_bits <= 16:
             raise ArgumentError(
                 f"num_bits is {self.num_bits}; integer formats have 2 to 16 bits.",
                 "use num_bits=8 for TensorRT; other widths are simulated in torch only.",
             )
 
-    def _require_fp8(self) -> None:
-        if self.num_bits != FP8_BITS:
+    def _require_fp8(self, num_bits: tuple[int, int]) -> None:
+        has_floats = any(isinstance(number, float) for number in num_bits)  # 3.0 equals 3
+        if num_bits != FP8_BITS or has_floats:
             raise ArgumentError(
-                f"num_bits is {self.num_bits}; of the float formats only FP8 E4M3 is known, (4, 3).",
+                f"num_bits is {num_bits}; of the float formats only FP8 E4M3 is known, (4, 3).",
                 "use num_bits=(4, 3), or an integer width.",
             )
         if self.unsigned or self.narrow_range:

@@ -84,6 +84,7 @@ class TestFP8:
         ("arguments", "words"),
         [
             ({"num_bits": (5, 2)}, "only FP8 E4M3"),
+            ({"num_bits": (4, 3.0)}, r"num_bits is \(4, 3\.0\)"),
             ({"num_bits": (4, 3), "unsigned": True}, "cannot be unsigned"),
             ({"num_bits": (4, 3), "narrow_range": True}, "always symmetric"),
         ],

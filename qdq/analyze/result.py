@@ -107,7 +107,7 @@ class Analysis:
         steps: The units left in float, in order; they are disabled in the model.
         stopped_by: Why the search ended.
         metric_name: "sqnr", "cosine", "kl", "top1", or the name of the function.
-        pinned: Layer -> "int8" or "float", decided before the analysis.
+        pinned: Layer -> "int8", "fp8" or "float", decided before the analysis.
         pareto: The measured sets that no other measured set beats in both cost and quality, cheapest first; empty
             without `gpu` and `profile`.
         full_evaluations: Why layers were evaluated in full; "" if they were replayed.

@@ -168,7 +168,10 @@ class Workload:
         return self.calibration.hold_out(self.num_held_out)
 
     def split_training(self) -> tuple[TrainingSamples, Samples]:
-        """Batches to fine-tune on, and calibration samples that are not among them, to choose the best weights on.
+        """Batches to fine-tune on, and calibration samples to choose the best weights on.
+
+        The samples are not among the batches, except where these are several crops of each of a few images, such as the
+        packaged photographs (`CropBatches.without_first`): too few would be left.
 
         Those are up to 128, but at most a quarter of the training samples, and at least `num_held_out`: the SQNR of 32
         samples can vary by more than the weights of two steps differ in.

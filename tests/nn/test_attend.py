@@ -211,10 +211,8 @@ def test_an_exported_file_breaks_no_rule_and_is_one_kernel(way, tmp_path):
     quantize(model, x)
     path = qdq.export_onnx(model, x, tmp_path / "m.onnx", dynamic_batch=False).path
     rules = {finding.rule for finding in qdq.check_onnx(path, sm=89).findings}
-    assert rules <= {
-        "QDQ121",
-        "QDQ124",
-    }  # float32 at the outputs, and a quantized layer that computes them
+    # float32 at the outputs, a quantized layer that computes them, and the sessions of ONNX Runtime
+    assert rules <= {"QDQ121", "QDQ124", "QDQ138"}
     (attention,) = build_engine(path, backend="rtx", sm=89).attention
     assert attention.is_fused
 
