@@ -139,7 +139,7 @@ def _require_possible(pinned: Mapping[str, str], formats: Sequence[str], sm: int
         if precision == FP8.name and sm is not None and sm < FP8_LEAST_SM:
             raise ArgumentError(
                 f"the plan sets {name} to fp8, which SM {sm} does not have.",
-                f"set it to int8 or float, or choose a target of SM {FP8_LEAST_SM} or above.",
+                f"set layers to int8 and attention to float, or choose a target of SM {FP8_LEAST_SM} or above.",
             )
 
 
