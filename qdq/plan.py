@@ -208,17 +208,18 @@ def apply_plan(model: nn.Module, plan: Plan, example_inputs: Any) -> list[str]:
         The layers that the plan leaves in float.
 
     Raises:
-        ArgumentError: The plan names something that is not quantized in this model, or its patterns contradict each
-            other; nothing is switched then.
+        ArgumentError: The plan names something that is not quantized in this model, sets a layer to another format than
+            it has, or its patterns contradict each other; nothing is switched then.
     """
     # With torch, which reading plans does not need.
     from qdq.corrections import redoing_passes
     from qdq.forward import require_model
-    from qdq.units import find_all_quantizers, match_precisions
+    from qdq.units import find_all_quantizers, match_precisions, require_formats_of
 
     require_model(model)
     quantizers = find_all_quantizers(model, example_inputs)
     precisions = match_precisions(model, list(quantizers), plan.precisions)
+    require_formats_of(precisions, quantizers)
     float_layers = []
     with redoing_passes(model):
         for name, precision in precisions.items():

@@ -15,6 +15,7 @@ from torch import nn
 
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, StateError
+from qdq.formats import FLOAT, FP8, INT8
 from qdq.forward import ForwardTrace, Operation, join_name, trace_forward
 from qdq.functions import ADDITIONS, AVERAGE_POOLINGS, RESIZES
 from qdq.nn import QuantInputMixin
@@ -82,7 +83,7 @@ def find_units(model: nn.Module, batch: Any, trace: ForwardTrace | None = None) 
 
 
 def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQuantizer]]:
-    """Layer or call -> the quantizers that go with it, on or off.
+    """Layer or call -> the quantizers that go with it, on or off; not those that FP8 has switched off for good.
 
     Args:
         model: A swapped model.
@@ -92,8 +93,34 @@ def find_all_quantizers(model: nn.Module, batch: Any) -> dict[str, list[TensorQu
     quantizers_of = {name: list(quantizers) for name, quantizers in listing.by_name.items()}
     owners = _find_owners(model, batch, listing, listing.by_name)
     for call, layer in owners.items():
-        quantizers_of[layer] += listing.by_name[call]
+        shortcut = listing.by_name[call]
+        has_fp8 = any(
+            quantizer.format.is_float for quantizer in [*listing.by_name[layer], *shortcut]
+        )
+        if not has_fp8:  # sums are never FP8, and serve layers in int8 only
+            quantizers_of[layer] += shortcut
     return quantizers_of
+
+
+def require_formats_of(
+    decided: Mapping[str, str], quantizers: Mapping[str, Sequence[TensorQuantizer]]
+) -> None:
+    """Refuse a plan that sets a layer to another format than it has.
+
+    Args:
+        decided: Layer -> its precision in the plan.
+        quantizers: Layer -> its quantizers.
+
+    Raises:
+        ArgumentError: With the first such layer.
+    """
+    for name, precision in decided.items():
+        present = FP8.name if quantizers[name][0].format.is_float else INT8
+        if precision not in (present, FLOAT):
+            raise ArgumentError(
+                f"{name} is pinned to {precision}, but it is quantized to {present}.",
+                f"pin it to {present} or float, or let choose_formats(pinned=...) change its format first.",
+            )
 
 
 def disable_idle(model: nn.Module, trace: ForwardTrace, undo: ExitStack) -> list[str]:

@@ -34,14 +34,20 @@ from qdq.analyze.sensitivity import require_labels
 from qdq.batch import list_filled_batches
 from qdq.corrections import redoing_passes
 from qdq.device import without_tf32
-from qdq.errors import ArgumentError
-from qdq.formats import FLOAT, FP8, INT8, require_precisions
+from qdq.formats import require_precisions
 from qdq.forward import require_model
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
 from qdq.plan import Plan
 from qdq.quantizer import disable_until_exit
-from qdq.units import Unit, disable_idle, find_units, group_units, match_precisions
+from qdq.units import (
+    Unit,
+    disable_idle,
+    find_units,
+    group_units,
+    match_precisions,
+    require_formats_of,
+)
 from qdq.work import list_unknown_work
 
 __all__ = [
@@ -238,14 +244,7 @@ def _pin(
         ArgumentError: A layer is pinned to another format than it has.
     """
     decided = match_precisions(model, [unit.name for unit in units], pinned)
-    fp8_layers = _list_fp8_layers(units)
-    for unit in units:
-        present = FP8.name if unit.name in fp8_layers else INT8
-        if decided.get(unit.name, FLOAT) not in (present, FLOAT):
-            raise ArgumentError(
-                f"{unit.name} is pinned to {decided[unit.name]}, but it is quantized to {present}.",
-                f"pin it to {present} or float, or let choose_formats(pinned=...) change its format first.",
-            )
+    require_formats_of(decided, {unit.name: unit.quantizers for unit in units})
     for unit in units:
         if decided.get(unit.name) == "float":
             disable_until_exit(unit.quantizers, undo)
