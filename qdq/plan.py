@@ -22,8 +22,9 @@ _FIX = "correct it by hand, see docs/analyze.md for the form, or give the plan.y
 _FIX_MISSING = "give the plan.yaml of a run, or one in the form that docs/analyze.md shows."
 _PINNED = "pinned"
 _EARLIER = "; earlier: "
-_HEAD = """# qdq plan: which layer runs in int8 and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
-# gain: how much the metric improves when this layer alone goes from int8 to float. "leave-one-out" measures that,
+_HEAD = """\
+# qdq plan: which layer runs in {formats} and which in float. Edit `precision`, then apply it: qdq ptq --plan FILE
+# gain: how much the metric improves when this layer alone goes from {formats} to float. "leave-one-out" measures that,
 # "one-at-a-time" estimates it from the layer's own error, as if the errors of all layers were independent.
 """
 
@@ -136,7 +137,8 @@ def save_plan(plan: Plan, path: Path | str) -> Path:
     layers = {name: _to_yaml(entry) for name, entry in plan.layers.items()}
     content = {"metric": plan.metric, "layers": layers}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10**6)
-    return write_atomic(as_path(path, "path"), _HEAD + text)
+    formats = "int8 or FP8" if "fp8" in plan.precisions.values() else "int8"
+    return write_atomic(as_path(path, "path"), _HEAD.format(formats=formats) + text)
 
 
 def _to_yaml(entry: PlanEntry) -> dict[str, Any]:

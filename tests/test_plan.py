@@ -58,6 +58,14 @@ def test_round_trip(tmp_path):
     assert path.read_text().startswith("# qdq plan")
 
 
+@pytest.mark.parametrize(("precision", "words"), [("int8", "int8"), ("fp8", "int8 or FP8")])
+def test_the_head_names_the_formats(precision, words, tmp_path):
+    path = save_plan(Plan({"a": PlanEntry(precision)}, "kl"), tmp_path / "plan.yaml")
+    assert path.read_text().startswith(
+        f"# qdq plan: which layer runs in {words} and which in float"
+    )
+
+
 def test_a_short_form_is_enough(tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text("layers:\n  conv: float\n  head: {precision: int8}\n")

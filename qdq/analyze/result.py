@@ -175,12 +175,19 @@ class Analysis:
             entries[name] = PlanEntry(self._format_of(name), reason)
         for name in self.idle:
             gain = entries[name].gain if name in entries else None
-            entries[name] = PlanEntry("float", "nothing in int8 reads its result any more", gain)
+            entries[name] = PlanEntry(
+                "float", f"nothing {self._state} reads its result any more", gain
+            )
         return Plan(entries, self.metric_name)
 
     def _format_of(self, name: str) -> str:
         """The precision of a layer that is not in float."""
         return "fp8" if name in self.fp8 else "int8"
+
+    @property
+    def _state(self) -> str:
+        """What is not in float is "in int8", or if a layer is in FP8 "quantized"."""
+        return "quantized" if self.fp8 else "in int8"
 
     def _explain_steps(self) -> dict[str, str]:
         """Unit -> the metric before and after the unit went to float.
@@ -202,10 +209,10 @@ class Analysis:
         Args:
             rows: Upper limit on the number of units shown.
         """
-        title = "only this in int8" if self.mode == "one-at-a-time" else "only this in float"
-        start = "all layers in int8"
+        title = f"only this {self._state}" if self.mode == "one-at-a-time" else "only this in float"
+        start = f"all layers {self._state}"
         if "float" in self.pinned.values():
-            start = "pinned ones in float, others in int8"
+            start = f"pinned ones in float, others {self._state}"
         shown = self.layers[:rows]
         steps = [f"+ {step.layer} in float" for step in self.steps]
         labels = [*(layer.name for layer in shown), *steps, start]
@@ -278,7 +285,7 @@ class Analysis:
         return lines
 
     def _format_kept(self, rows: int) -> list[str]:
-        """Why units stay in int8 that are more sensitive than one in float, and why the most sensitive one does.
+        """Why units stay quantized that are more sensitive than one in float, and why the most sensitive one does.
 
         Args:
             rows: Upper limit on the number of units shown.
@@ -289,7 +296,7 @@ class Analysis:
         lines = []
         for name in names[: min(last + 1, rows)]:
             if name in self.kept:
-                lines.append(f"{name} stays in int8: {self.kept[name]}")
+                lines.append(f"{name} stays {self._state}: {self.kept[name]}")
         return lines
 
     def _format_front(self) -> list[str]:

@@ -408,7 +408,9 @@ class Search:
             return f"{summary}; all layers are pinned"
         too_large = [name for name in self._kept if name not in refused]
         if too_large:
-            return f"{summary}; {too_large[0]} stays in int8: {self._kept[too_large[0]]}"
+            name = too_large[0]
+            word = self._units[name].quantizers[0].format.name
+            return f"{summary}; {name} stays in {word}: {self._kept[name]}"
         return f"{summary}; no further layer may go to float"
 
     def _reason_of_fraction(self, chosen: list[str]) -> str:

@@ -227,7 +227,11 @@ def _sample_front(report: StoredReport) -> list[_Sample]:
     samples = []
     for point in report.data["analysis"]["pareto"]:
         names = point["float_layers"]
-        title = f"{len(names)} units in float: {', '.join(names)}" if names else "all in int8"
+        title = (
+            f"{len(names)} units in float: {', '.join(names)}"
+            if names
+            else f"all {report.quantized_state}"
+        )
         samples.append(_sample(report, point["cost"], point, title))
 
     return samples
@@ -242,7 +246,7 @@ def _sample_steps(report: StoredReport) -> list[_Sample]:
             float_layers.append(name)
 
     work = _sum_work(report, float_layers)
-    samples = [_sample(report, work, analysis, "all quantizable layers in int8")]
+    samples = [_sample(report, work, analysis, f"all quantizable layers {report.quantized_state}")]
 
     for step in analysis["steps"]:
         float_layers += step["layers"] or [step["layer"]]

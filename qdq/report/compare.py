@@ -188,7 +188,7 @@ class _Summary:
     sqnr_db: float | None
     agreement: float | None
     top1: float | None
-    all_int8_sqnr_db: float | None
+    all_quantized_sqnr_db: float | None
     onnx_megabytes: float
     engine_megabytes: float
     findings: int
@@ -202,7 +202,7 @@ class _Summary:
             sqnr_db=final["sqnr_db"],
             agreement=final["agreement"],
             top1=final["top1"],
-            all_int8_sqnr_db=report.data["analysis"]["sqnr_db"],
+            all_quantized_sqnr_db=report.data["analysis"]["sqnr_db"],
             onnx_megabytes=summary["onnx_megabytes"],
             engine_megabytes=summary["engine_megabytes"],
             findings=len(report.data["findings"]),
@@ -212,7 +212,7 @@ class _Summary:
 
 @dataclass(frozen=True)
 class _Column:
-    """How one field of `_Summary` is shown; `better` as in `Figure`."""
+    """How one field of `_Summary` is shown; `better` as in `Figure`, and `{state}` is "in int8" or "quantized"."""
 
     field: str
     label: str
@@ -224,7 +224,7 @@ _COLUMNS = (
     _Column("sqnr_db", "SQNR of the outputs, dB", "{:.2f}".format, 1),
     _Column("agreement", "same answer as float", format_percent, 1),
     _Column("top1", "top-1", format_percent, 1),
-    _Column("all_int8_sqnr_db", "SQNR with all in int8, dB", "{:.2f}".format, 1),
+    _Column("all_quantized_sqnr_db", "SQNR with all {state}, dB", "{:.2f}".format, 1),
     _Column("onnx_megabytes", "ONNX file, MB", "{:.2f}".format, -1),
     _Column("engine_megabytes", "engine, MB", "{:.2f}".format, -1),
     _Column("findings", "findings", "{:.0f}".format, -1),
@@ -235,11 +235,14 @@ _COLUMNS = (
 def _list_figures(reports: Sequence[StoredReport]) -> list[Figure]:
     """List the key figures, one row for each, with a value for each run."""
     summaries = [_Summary.of(report) for report in reports]
+    states = {report.quantized_state for report in reports}
+    state = states.pop() if len(states) == 1 else "quantized"
     figures = _list_type_figures(reports)
     for column in _COLUMNS:
         values = tuple(getattr(summary, column.field) for summary in summaries)
         texts = tuple(_write_value(value, column) for value in values)
-        figures.append(Figure(column.label, values, texts, column.better))
+        label = column.label.format(state=state)
+        figures.append(Figure(label, values, texts, column.better))
 
     return figures + _list_output_figures(reports)
 

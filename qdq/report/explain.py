@@ -99,8 +99,9 @@ def _refuse_module(report: StoredReport, module: Mapping[str, Any]) -> ArgumentE
             f"{name_layer(name)} is a {module['type']} that is represented by its calls.",
             f"choose one of {', '.join(calls)}.",
         )
+    word = report.quantized_state.removeprefix("in ")
     return ArgumentError(
-        f"{name} is a {module['type']} that cannot be int8: {module['reason']}.",
+        f"{name} is a {module['type']} that cannot be {word}: {module['reason']}.",
         "choose one of the layers that report.html lists.",
     )
 

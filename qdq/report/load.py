@@ -45,6 +45,11 @@ class StoredReport:
         """Name of the run folder."""
         return self.path.absolute().parent.name
 
+    @property
+    def quantized_state(self) -> str:
+        """What is not in float is "in int8", or if a layer was in FP8 before the search "quantized"."""
+        return "quantized" if self.data["analysis"].get("fp8") else "in int8"
+
 
 def load_report(run: Path | str) -> StoredReport:
     """Read the report of a run.

@@ -256,6 +256,12 @@ class TestCharts:
         assert (chart.bars[1].left, chart.bars[1].width) == (0, 25)
         assert (chart.bars[0].left, chart.bars[0].width) == (25, 75)
 
+    def test_a_run_with_fp8_is_not_named_int8(self, store):
+        made = make_report(["a", "b"], float_layers=["a"])
+        made["analysis"]["fp8"] = ["a"]
+        curve = draw_curve(load_report(store(made)))
+        assert curve.points[0].label.startswith("all quantizable layers quantized: ")
+
     def test_curve_over_the_work_in_float(self, store):
         names = [f"l{number}" for number in range(10)]
         curve = draw_curve(load_report(store(make_report(names, float_layers=names[:2]))))
