@@ -178,7 +178,7 @@ def test_walks_over_all_modules_do_not_grow_with_the_layers():
     assert few["plan"] <= 6
     assert few["rewire"] <= 7
     assert few["find units"] <= 6
-    assert few["match"] == 1
+    assert few["match"] <= 2  # names of layers, and names of quantizers that are on
 
 
 def test_times_of_a_profile_are_looked_up(tmp_path):

@@ -174,6 +174,7 @@ def test_details_by_keyboard_and_with_their_layer(page):
 
 def test_the_network_leads_to_the_layer(page):
     page.locator("#network a").nth(4).click()
+    page.locator("#layer-4 + .details").wait_for()
     assert page.url.endswith("#layer-4")
     assert page.locator("#layer-4 + .details").count() == 1
 
@@ -182,10 +183,12 @@ def test_a_link_shows_a_layer_that_was_filtered_out_and_opens_one_that_was_close
     link = page.locator("#network a").nth(4)
     page.locator("#find").fill("head")
     link.click()
+    page.locator("#layer-4 + .details").wait_for()  # the page opens it when it hears of the address
     assert page.locator("#shown").text_content() == "2 of 6 layers"
     page.locator("#layer-4 .more").click()
     assert page.locator("#layer-4 + .details").count() == 0
     link.click()  # the address is that of the layer already
+    page.locator("#layer-4 + .details").wait_for()
     assert page.locator("#layer-4 + .details").count() == 1
 
 
