@@ -31,7 +31,7 @@ from qdq.device import find_device, move_batch, on_host
 from qdq.dynamic import Dynamic, require_dynamic
 from qdq.errors import ArgumentError, ArgumentTypeError, CheckError, ExportError
 from qdq.files import as_path, guard_files
-from qdq.formats import FP8, Format
+from qdq.formats import FP8, FP8_LOWEST_OPSET, Format
 from qdq.forward import require_data, require_model, says_devices_differ
 from qdq.graph.coverage import WorkNode, count_qdq, list_work_nodes
 from qdq.graph.fold_casts import FoldCasts
@@ -54,7 +54,7 @@ from qdq.graph.transpose_keys import TransposeKeys
 from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
-from qdq.quantize import LOWEST_FP8_OPSET, quantize_codes
+from qdq.quantize import quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.rewire import RewirePlan
 from qdq.swap import SwapPlan, quantized_layers
@@ -297,10 +297,10 @@ def _list_fp8_quantizers(model: nn.Module) -> list[str]:
 
 
 def _require_fp8_opset(opset: int, quantizers: Sequence[str]) -> None:
-    if opset < LOWEST_FP8_OPSET:
+    if opset < FP8_LOWEST_OPSET:
         raise ArgumentError(
             f"opset {opset} has no FP8, which {len(quantizers)} quantizers use: {list_names(quantizers, 3)}.",
-            f"use opset={LOWEST_FP8_OPSET}, the lowest with FP8, or above.",
+            f"use opset={FP8_LOWEST_OPSET}, the lowest with FP8, or above.",
         )
 
 

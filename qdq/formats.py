@@ -33,6 +33,9 @@ PRECISIONS = (*FORMAT_NAMES, FLOAT)
 FP8_LEAST_SM = 89
 """Lowest compute capability with FP8, 89 for 8.9."""
 
+FP8_LOWEST_OPSET = 19
+"""First opset of ONNX whose QuantizeLinear and DequantizeLinear have FP8."""
+
 NumBits = int | tuple[int, int]
 
 

@@ -30,14 +30,12 @@ from torch.autograd.function import once_differentiable
 from torch.jit import is_tracing  # type: ignore[attr-defined]
 
 from qdq.errors import ArgumentError
-from qdq.formats import AMAX_FLOOR, Format, scale_from_amax
+from qdq.formats import AMAX_FLOOR, FP8_LOWEST_OPSET, Format, scale_from_amax
 
 RANGE_RULES = ("lsq", "pact")
 """Gradients of a learned range, see `fake_quantize`."""
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
-LOWEST_FP8_OPSET = 19
-"""The first opset of ONNX whose QuantizeLinear has FP8."""
 _PIECE = 1 << 17  # elements: a CPU cache holds this many of the input and of the result at once
 
 
@@ -243,7 +241,7 @@ def _write_fp8(values: torch.Tensor, scale: torch.Tensor, axis: int | None) -> t
         attributes,
         dtype=torch.float8_e4m3fn,
         shape=values.shape,
-        version=LOWEST_FP8_OPSET,
+        version=FP8_LOWEST_OPSET,
     )
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
@@ -251,7 +249,7 @@ def _write_fp8(values: torch.Tensor, scale: torch.Tensor, axis: int | None) -> t
         attributes,
         dtype=torch.float32,
         shape=values.shape,
-        version=LOWEST_FP8_OPSET,
+        version=FP8_LOWEST_OPSET,
     )
 
 

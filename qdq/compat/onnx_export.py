@@ -32,14 +32,13 @@ from qdq.compat.qdq_nodes import make_constants
 from qdq.compat.tensor_quant import E4M3
 from qdq.device import move_batch, on_host
 from qdq.errors import ArgumentTypeError, ExportError
+from qdq.formats import FP8_LOWEST_OPSET
 from qdq.forward import evaluating
 from qdq.graph.opset import HIGHEST, LOWEST, LowerOpset
 from qdq.graph.raise_scales import RaiseWeightScales
 from qdq.graph.save import save_model, serialize
 
 logger = logging.getLogger(__name__)
-
-_LOWEST_FP8_OPSET = 19  # of float8 in QuantizeLinear
 
 _torch_export: Callable[..., Any] = torch.onnx.export
 
@@ -346,10 +345,10 @@ def _require_fp8(name: str, quantizer: TensorQuantizer, opset: int | None, dynam
             f"{name} is FP8, which the TorchScript exporter cannot write.",
             "export with dynamo=True.",
         )
-    if opset is not None and opset < _LOWEST_FP8_OPSET:
+    if opset is not None and opset < FP8_LOWEST_OPSET:
         raise ExportError(
             f"{name} is FP8, which QuantizeLinear of opset {opset} does not have.",
-            f"export with opset_version={_LOWEST_FP8_OPSET} or above.",
+            f"export with opset_version={FP8_LOWEST_OPSET} or above.",
         )
 
 

@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import onnx_ir as ir
 
+from qdq.formats import FP8_LEAST_SM, FP8_LOWEST_OPSET
 from qdq.graph.pairs import QDQ_OPS, code_type_of, input_of, is_op, is_trt_op
 
 
@@ -40,7 +41,12 @@ CODE_TYPES: dict[ir.DataType, CodeType] = {
     ir.DataType.UINT8: CodeType("uint8", "UInt8", 10),
     ir.DataType.INT32: CodeType("int32", "Int32", 10),
     ir.DataType.FLOAT8E4M3FN: CodeType(
-        "FP8", "FP8", 19, is_read=True, multiplies=True, least_sm=89
+        "FP8",
+        "FP8",
+        FP8_LOWEST_OPSET,
+        is_read=True,
+        multiplies=True,
+        least_sm=FP8_LEAST_SM,
     ),
     ir.DataType.FLOAT8E4M3FNUZ: CodeType("FP8 (E4M3FNUZ)", "FP8E4M3FNUZ", 19),
     ir.DataType.FLOAT8E5M2: CodeType("FP8 (E5M2)", "FP8E5M2", 19),
