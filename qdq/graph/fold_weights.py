@@ -1,4 +1,7 @@
-"""Make weights constant that a forward computes from parameters alone, such as weight standardization."""
+"""Make weights and biases of attention constant that a forward computes from parameters alone.
+
+Weight standardization computes such weights. The relative position biases and the masks of Swin are such biases.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,22 @@ from qdq.graph.work import WEIGHTED_OPS
 
 
 class FoldWeights(ir.passes.InPlacePass):
-    """Fold the nodes that compute a weight, or the input of its Q, from initializers only.
+    """Fold the nodes that compute a weight, the input of its Q or a bias of attention from initializers only.
 
-    TensorRT takes weights for int8 only as constants (R-WSTORE); the exporter leaves large ones to be computed.
+    TensorRT takes weights for int8 only as constants (R-WSTORE), and it does not fuse attention with a bias that is
+    gathered from a table (R-MHA-3). The exporter leaves large ones to be computed.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold in the main graph."""
         nodes: set[ir.Node] = set()
         for weight in _list_weights(model.graph):
-            nodes |= _nodes_that_compute(weight)
+            computing = _nodes_that_compute(weight)
+            # A parameter that is only moved stays a parameter, because other nodes may read it too.
+            if not all(is_op(node, "Cast", *COPY_OPS) for node in computing):
+                nodes |= computing
+        for bias in _list_biases(model.graph):
+            nodes |= _nodes_that_compute(bias)
 
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
@@ -53,18 +62,40 @@ def _list_weights(graph: ir.Graph) -> list[ir.Value | None]:
     return weights
 
 
-def _nodes_that_compute(weight: ir.Value | None) -> set[ir.Node]:
+def _list_biases(graph: ir.Graph) -> list[ir.Value | None]:
+    """What is added in front of each softmax, directly or before reshapes: the scores of attention, biases and masks.
+
+    Args:
+        graph: The main graph.
+    """
+    biases: list[ir.Value | None] = []
+    visited: set[ir.Node] = set()
+    pending = [node.inputs[0] for node in graph if is_op(node, "Softmax")]
+    while pending:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if is_op(node, "Add"):
+            biases += node.inputs
+            pending += node.inputs
+        elif is_op(node, "Cast", *COPY_OPS):
+            pending.append(node.inputs[0])
+    return biases
+
+
+def _nodes_that_compute(value: ir.Value | None) -> set[ir.Node]:
     """The nodes that compute a value from constants.
 
     Args:
-        weight: An input of a Q or of a product.
+        value: Any value.
 
     Returns:
-        Nothing if an input of the graph or a Q/DQ is among the sources: Q/DQ are never folded. Nothing either if a
-        parameter is only moved: it stays a parameter, because other nodes may read it too.
+        Nothing if an input of the graph or a Q/DQ is among the sources: Q/DQ are never folded.
     """
     nodes: set[ir.Node] = set()
-    pending = [weight]
+    pending = [value]
     while pending:
         value = pending.pop()
         if value is None or constant_of(value) is not None:
@@ -77,6 +108,4 @@ def _nodes_that_compute(weight: ir.Value | None) -> set[ir.Node]:
             nodes.add(node)
             pending.extend(node.inputs)
 
-    if all(is_op(node, "Cast", *COPY_OPS) for node in nodes):
-        return set()
     return nodes

@@ -1,3 +1,5 @@
+"""FoldWeights: which values become constants, and that the results of the graph stay."""
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -44,3 +46,44 @@ def test_computed_weights(body, expected_ops):
     np.testing.assert_allclose(compute(model)["y"], expected["y"], rtol=1e-6)
     assert not FoldWeights()(model).modified
     ir.to_proto(model)
+
+
+BIAS = """
+g (float[2,4] x) => (y)
+<float[3,2] table = {{1, 2, 3, 4, 5, 6}}, int64[2] rows = {{2, 0}}, float[4,2] w = {{1, 2, 3, 4, 5, 6, 7, 8}},
+ int64[1] first = {{0}}>
+{{ {} }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "expected_ops"),
+    [
+        (
+            "b = Gather (table, rows) m = MatMul (x, w) a = Add (m, b) y = Softmax (a)",
+            ["MatMul", "Add", "Softmax"],
+        ),
+        # a bias and a mask, with a reshape between
+        (
+            "b = Gather (table, rows) m = MatMul (x, w) a = Add (b, m) u = Unsqueeze (a, first) n = Neg (b) "
+            "c = Add (u, n) y = Softmax (c)",
+            ["MatMul", "Add", "Unsqueeze", "Add", "Softmax"],
+        ),
+        # the bias depends on an input
+        (
+            "b = Gather (table, rows) m = MatMul (x, w) n = Mul (m, b) a = Add (m, n) y = Softmax (a)",
+            ["Gather", "MatMul", "Mul", "Add", "Softmax"],
+        ),
+        # no softmax
+        (
+            "b = Gather (table, rows) m = MatMul (x, w) y = Add (m, b)",
+            ["Gather", "MatMul", "Add"],
+        ),
+    ],
+)
+def test_biases_of_attention(body, expected_ops):
+    model = read(BIAS.format(body), opset=17)
+    expected = compute(model)
+    run_passes(model, [FoldWeights()])
+    assert ops(model) == expected_ops
+    np.testing.assert_array_equal(compute(model)["y"], expected["y"])
