@@ -163,12 +163,12 @@ def _find_low_type(kernel: Kernel) -> str:
         Empty if there is none: the kernel multiplies in float.
     """
     types = kernel.input_types
+    if kernel.name.startswith(_FUSED_ATTENTION):
+        # Query, key and value; masks and biases are float, and may be the first inputs.
+        return next((name for name in LOW_TYPES if types.count(name) >= 3), "")
     first = types[0] if types else ""
     if first not in LOW_TYPES or first not in (*types[1:], *kernel.constant_types):
         return ""
-    if kernel.name.startswith(_FUSED_ATTENTION):
-        has_low_operands = types.count(first) >= 3  # query, key and value; a mask is float
-        return first if has_low_operands else ""
     prologue, product, _ = _list_operations(kernel).partition("Fc")
     is_product = bool(_PRODUCT.search(kernel.layer_type))
     if not is_product and (not product or "Cast" in prologue):

@@ -43,6 +43,7 @@ def test_int8_activation_and_weights(layer_type):
         (("FP8",), ("FP8", "Float", "Float"), "", "FP8"),
         (("FP8", "FP8", "FP8"), (), "_gemm_mha_v2_myl0_3", "FP8"),
         (("FP8", "FP8", "Half", "FP8"), (), "_gemm_mha_v2_myl0_3", "FP8"),  # with a mask
+        (("Half", "Half", "FP8", "FP8", "FP8"), (), "_gemm_mha_v2_myl0_3", "FP8"),
         (("FP4", "FP8"), ("FP4", "Float", "FP8"), "", "FP4"),
         (("FP8", "E8M0"), ("FP8", "E8M0"), "", "MXFP8"),
         (("Half", "Half", "Half"), (), "_gemm_mha_v2_myl0_3", "Half"),
