@@ -104,11 +104,26 @@ def reason_against_fp8(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     if weight is None and not isinstance(module, nn.MultiheadAttention):
         return ONLY_PRODUCTS
-    kernel = getattr(module, "kernel_size", ())
-    if isinstance(module, _ConvNd) and math.prod(kernel) > LARGEST_FP8_KERNEL:
-        sizes = " x ".join(map(str, kernel))
-        return f"kernel {sizes}: above {LARGEST_FP8_KERNEL} positions TensorRT-RTX has no FP8 kernel (R-CONV-8)"
-    return ""
+    return _reason_against_fp8_kernel(module.kernel_size) if isinstance(module, _ConvNd) else ""
+
+
+def reason_against_fp8_call(operation: Operation, flow: Dataflow) -> str:
+    """The same for a call of a function with a weight (R-CONV-8).
+
+    Args:
+        operation: The call; the weight of a convolution is `[outputs, inputs, kernel ...]`.
+        flow: One forward that contains it.
+    """
+    if operation.function not in CONVOLUTIONS & WEIGHTED:
+        return ""
+    return _reason_against_fp8_kernel(flow.shapes[operation.inputs[1]][2:])
+
+
+def _reason_against_fp8_kernel(kernel: Sequence[int]) -> str:
+    if math.prod(kernel) <= LARGEST_FP8_KERNEL:
+        return ""
+    sizes = " x ".join(map(str, kernel))
+    return f"kernel {sizes}: above {LARGEST_FP8_KERNEL} positions TensorRT-RTX has no FP8 kernel (R-CONV-8)"
 
 
 def reason_against_linear(weight: Sequence[int]) -> str:

@@ -19,7 +19,13 @@ from torch import nn
 from qdq.dataflow import Dataflow
 from qdq.device import find_device
 from qdq.errors import ArgumentError
-from qdq.float_rules import ONLY_PRODUCTS, CallRules, find_weight, list_factors
+from qdq.float_rules import (
+    ONLY_PRODUCTS,
+    CallRules,
+    find_weight,
+    list_factors,
+    reason_against_fp8_call,
+)
 from qdq.formats import FP8, FP8_BITS, INT8, require_formats
 from qdq.forward import Operation, join_name, require_model
 from qdq.functions import (
@@ -363,8 +369,12 @@ class _Planner:
         if operation.name in self._attention:
             return self._quantize(operation, _FP8_ATTENTION, self._attention[operation.name])
         is_product = operation.function in WEIGHTED | MATRIX_PRODUCTS | ATTENTION
-        if not is_product and not self._has_int8:
+        if self._has_int8:
+            return None
+        if not is_product:
             return _Decision("float", ONLY_PRODUCTS)
+        if reason := reason_against_fp8_call(operation, self._flow):
+            return _Decision("float", reason)
         return None
 
     def _quantize_addition(self, operation: Operation) -> _Decision:
