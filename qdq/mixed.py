@@ -1,15 +1,15 @@
-"""A format for each layer, int8 or FP8: what the GPU has, chosen by the error that each causes alone.
+"""A format for each layer, int8 or FP8: what the GPU has, chosen by the error of the whole model.
 
 The statistics of calibration are the same for both formats, so one pass serves them, and several targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -19,7 +19,12 @@ from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.corrections import redoing_passes
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
-from qdq.float_rules import ONLY_PRODUCTS, reason_against_fp8
+from qdq.float_rules import (
+    ONLY_PRODUCTS,
+    find_weight,
+    reason_against_fp8,
+    reason_against_fp8_call,
+)
 from qdq.formats import (
     FLOAT,
     FORMAT_NAMES,
@@ -68,10 +73,17 @@ class FormatChoice:
     Args:
         sm: Compute capability of the target, 89 for 8.9.
         choices: One for each group of layers, in the order of the model.
+        int8_db: SQNR of the outputs of the whole model in dB, with int8 wherever the choice is free; None if it is
+            free nowhere.
+        fp8_db: The same for FP8.
+        chosen_db: The same as chosen, which is at least as good as both.
     """
 
     sm: int
     choices: tuple[LayerFormat, ...]
+    int8_db: float | None = None
+    fp8_db: float | None = None
+    chosen_db: float | None = None
 
     @property
     def formats(self) -> dict[str, str]:
@@ -87,16 +99,24 @@ class FormatChoice:
         counts = ", ".join(f"{formats.count(name)} {name}" for name in dict.fromkeys(formats))
         width = max((len(choice.layers[0]) for choice in self.choices), default=0)
         lines = [f"formats for SM {self.sm}: {counts}"]
+        if self.chosen_db is not None:
+            figures = [_format_db(figure) for figure in (self.int8_db, self.fp8_db, self.chosen_db)]
+            lines.append(
+                "SQNR of the whole model: {} dB with int8, {} with FP8, {} as chosen".format(
+                    *figures
+                )
+            )
         for choice in self.choices:
             more = f" and {len(choice.layers) - 1} more" if len(choice.layers) > 1 else ""
             cells = [f"  {choice.layers[0]:{width}}", f"{choice.format:5}"]
-            cells += [_format_db(choice.int8_db), _format_db(choice.fp8_db), choice.reason + more]
+            cells += [f"{_format_db(choice.int8_db):>7}", f"{_format_db(choice.fp8_db):>7}"]
+            cells.append(choice.reason + more)
             lines.append("  ".join(cells))
         return "\n".join(lines)
 
 
 def _format_db(decibels: float | None) -> str:
-    return "      -" if decibels is None else f"{decibels:7.2f}"
+    return "-" if decibels is None else f"{decibels:.2f}"
 
 
 def choose_formats(
@@ -111,7 +131,12 @@ def choose_formats(
     outputs: Selection | None = None,
     mask: Mask | None = None,
 ) -> FormatChoice:
-    """Give each layer int8 or FP8, whichever causes the smaller error of the outputs alone; in place.
+    """Give each layer int8 or FP8, so that the outputs of the whole model have a small error; in place.
+
+    The errors of layers do not add up: some cancel, and some amplify each other. So the choice starts with the better
+    of int8 and FP8 for all layers. Then it gives one layer after the other the other format, those first that gain most
+    alone, and leaves it to them if the error of the whole model falls. On these samples the result is never worse than
+    with one format. With n layers, the model runs 3 n + 3 times on the samples.
 
     Layers whose inputs have one range get one format. Attention is FP8, or float on a GPU without FP8. In a layer that
     gets FP8, the quantizers that exist for int8 only, such as those of the shortcut after it, are switched off. What is
@@ -136,7 +161,8 @@ def choose_formats(
         ArgumentError: An unknown precision or method, a method that FP8 does not have, a name that nothing quantized
             has, or a format that a pinned layer cannot have; nothing is changed then.
         ArgumentTypeError: `sm` is not a whole number.
-        StateError: Nothing is quantized, a quantizer has no range, or a call was rewired for FP8 alone.
+        StateError: Nothing is quantized, a quantizer has no range, or a call without a weight was rewired for FP8
+            alone.
     """
     require_model(model)
     require_method(method, FP8)
@@ -150,21 +176,19 @@ def choose_formats(
             trace = trace_forward(model, samples[0])
         units = find_units(model, samples[0], trace)
         decided = match_precisions(model, [unit.name for unit in units], pinned)
-        groups = _list_groups(model, units, list_attention(Dataflow(trace)), sm)
+        groups = _list_groups(model, units, Dataflow(trace), sm)
         pins = [_find_pin(group, decided) for group in groups]
 
-        ranges = _Ranges(model, statistics, method, weight_method)
+        ranges = _Ranges(model, groups, statistics, method, weight_method)
         _return_to_int8(groups, ranges)
-        trial = _Trial(model, samples, ranges, outputs, mask)
-        choices = []
-        progress = tqdm(groups, desc="formats", unit="layer", disable=None)
-        for group, pin in zip(progress, pins, strict=True):
-            choices.append(_choose(group, pin, trial))
-        for group, choice in zip(groups, choices, strict=True):
-            _apply(group, choice.format, ranges)
-        _disable_followers(groups)
+        trial = _Trial(model, samples, groups, ranges, outputs, mask)
+        search = _Search(groups, pins, trial)
+        try:
+            search.run()
+        finally:
+            _set_formats(groups, search.formats, ranges)
         _require_one_format(groups)
-    return FormatChoice(sm, tuple(choices))
+    return search.describe(sm)
 
 
 def _require_sm(sm: int) -> None:
@@ -181,81 +205,113 @@ def _require_sm(sm: int) -> None:
 
 
 @dataclass(frozen=True)
+class _Product:
+    """A layer or a call with a weight.
+
+    Args:
+        operands: Those of its quantizers at input and weight that are on.
+        reason: Why it cannot be FP8; "" if it can.
+        axis: Of the ranges of the weight of a call in int8; None for a layer, which has its own.
+    """
+
+    operands: tuple[TensorQuantizer, ...]
+    reason: str
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
 class _Group:
     """Layers and calls whose inputs have one range.
 
     Args:
         unit: The layers, the calls and all quantizers that are on.
-        weighted: The layers that have a weight, by dotted name.
-        operands: The quantizers at inputs and weights of these layers. The others serve int8 only, and may have the
-            range of another group.
+        products: Those that have a weight, by dotted name.
         formats: The formats that it can have.
         reason: Why it cannot have the others; "" if it can have int8 and FP8.
         is_attention: Whether it is a product of attention.
     """
 
     unit: Unit
-    weighted: Mapping[str, QuantMixin]
-    operands: tuple[TensorQuantizer, ...]
+    products: Mapping[str, _Product]
     formats: tuple[str, ...]
     reason: str
     is_attention: bool
 
+    @property
+    def operands(self) -> tuple[TensorQuantizer, ...]:
+        """The quantizers of its products. The others serve int8 only, and may have the range of another group."""
+        operands: list[TensorQuantizer] = []
+        for product in self.products.values():
+            operands += product.operands
+        return tuple(operands)
 
-def _list_groups(
-    model: nn.Module, units: list[Unit], attention: Container[str], sm: int
-) -> list[_Group]:
+
+def _list_groups(model: nn.Module, units: list[Unit], flow: Dataflow, sm: int) -> list[_Group]:
     """The groups of a model.
 
     Args:
         model: The model.
         units: Its layers and calls.
-        attention: The calls that are products of attention.
+        flow: One forward of it.
         sm: As for `choose_formats`.
 
     Raises:
-        StateError: Another call is FP8.
+        StateError: A call that can only be int8 is FP8.
     """
     modules = dict(model.named_modules())
-    called = _list_called_ranges(units, modules)
+    attention = list_attention(flow)
+    products = _list_products(units, modules, flow)
+    called = _list_called_ranges(units, modules, products)
     groups = []
     for unit in group_units(model, units, "shared"):
-        weighted: dict[str, QuantMixin] = {}
-        operands: list[TensorQuantizer] = []
-        for name in unit.layers:
-            layer = modules.get(name)
-            if isinstance(layer, QuantMixin):
-                weighted[name] = layer
-                operands += [
-                    quantizer
-                    for quantizer in layer.quantizers().values()
-                    if quantizer in unit.quantizers
-                ]
         is_attention = unit.name in attention
-        if not is_attention and unit.name not in modules and unit.quantizers[0].format.is_float:
+        is_known = is_attention or unit.name in modules or unit.name in products
+        if not is_known and unit.quantizers[0].format.is_float:
             raise StateError(
                 f"the call {unit.name} is quantized to FP8 alone.",
                 "swap and rewire the float model with formats=('int8', 'fp8'), and calibrate it again.",
             )
-        formats, reason = _list_formats(unit, weighted, called, sm, is_attention=is_attention)
-        groups.append(_Group(unit, weighted, tuple(operands), formats, reason, is_attention))
+        members = {name: products[name] for name in unit.layers if name in products}
+        formats, reason = _list_formats(unit, members, called, sm, is_attention=is_attention)
+        groups.append(_Group(unit, members, formats, reason, is_attention))
     return groups
 
 
+def _list_products(
+    units: list[Unit], modules: Mapping[str, nn.Module], flow: Dataflow
+) -> dict[str, _Product]:
+    """The layers and calls with a weight, by dotted name."""
+    calls = {operation.name: operation for operation in flow.operations}
+    products = {}
+    for unit in units:
+        layer = modules.get(unit.name)
+        if isinstance(layer, QuantMixin):
+            quantizers = layer.quantizers().values()
+            operands = [quantizer for quantizer in unit.quantizers if quantizer in quantizers]
+            products[unit.name] = _Product(tuple(operands), reason_against_fp8(layer))
+        elif layer is None and len(unit.quantizers) == 2:
+            call = calls[unit.name]
+            weight = find_weight(call, flow)
+            if weight is not None:
+                reason = reason_against_fp8_call(call, flow)
+                products[unit.name] = _Product(unit.quantizers, reason, weight.axis)
+    return products
+
+
 def _list_called_ranges(
-    units: list[Unit], modules: Mapping[str, nn.Module]
+    units: list[Unit], modules: Mapping[str, nn.Module], products: Container[str]
 ) -> set[TensorQuantizer]:
-    """The quantizers that hold the ranges of calls which are units of their own."""
+    """The quantizers that hold the ranges of calls without a weight which are units of their own."""
     called: set[TensorQuantizer] = set()
     for unit in units:
-        if unit.name not in modules:
+        if unit.name not in modules and unit.name not in products:
             called.update(quantizer.leader for quantizer in unit.quantizers)
     return called
 
 
 def _list_formats(
     unit: Unit,
-    weighted: Mapping[str, QuantMixin],
+    products: Mapping[str, _Product],
     called: Container[TensorQuantizer],
     sm: int,
     *,
@@ -271,11 +327,11 @@ def _list_formats(
         return (INT8,), f"SM {sm} has no FP8"
     if unit.quantizers[0].leader in called:  # all inputs of the group have this range
         return (INT8,), "a function call is quantized with it"
-    if not weighted:
+    if not products:
         return (INT8,), ONLY_PRODUCTS
-    for layer in weighted.values():
-        if reason := reason_against_fp8(layer):
-            return (INT8,), reason
+    for product in products.values():
+        if product.reason:
+            return (INT8,), product.reason
     return FORMAT_NAMES, ""
 
 
@@ -316,16 +372,32 @@ def _return_to_int8(groups: list[_Group], ranges: _Ranges) -> None:
                 ranges.change(quantizer, INT8)
 
 
-def _choose(group: _Group, pin: str | None, trial: _Trial) -> LayerFormat:
-    """The format of a group."""
-    layers = group.unit.layers
-    if len(group.formats) == 1:
-        return LayerFormat(layers, group.formats[0], group.reason)
-    if pin is not None:
-        return LayerFormat(layers, pin, "pinned by the plan")
-    int8_db, fp8_db = trial.measure(group)
-    better = FP8.name if fp8_db > int8_db else INT8
-    return LayerFormat(layers, better, "the smaller error", int8_db, fp8_db)
+def _set_formats(groups: list[_Group], formats: Sequence[str], ranges: _Ranges) -> None:
+    """Give each group a format, and switch off the quantizers that serve other formats.
+
+    Args:
+        groups: The groups.
+        formats: The format of each; attention is FP8 or float.
+        ranges: Changes formats.
+    """
+    for group, name in zip(groups, formats, strict=True):
+        if name != FLOAT:
+            for quantizer in group.operands:
+                ranges.change(quantizer, name)
+    for group, name in zip(groups, formats, strict=True):
+        for quantizer in group.unit.quantizers:
+            is_product = group.is_attention or quantizer in group.operands
+            # The range of a sum may be that of another group.
+            is_int8 = name == INT8 and not quantizer.format.is_float
+            quantizer.is_enabled = name != FLOAT and (is_product or is_int8)
+
+
+class _Range(NamedTuple):
+    """The format and the range that a quantizer had."""
+
+    num_bits: NumBits
+    axis: int | None
+    amax: torch.Tensor | None
 
 
 class _Ranges:
@@ -333,13 +405,19 @@ class _Ranges:
 
     Args:
         model: The model.
+        groups: Its groups.
         statistics: Those of its activations.
         method: As for `choose_formats`.
         weight_method: Likewise.
     """
 
     def __init__(
-        self, model: nn.Module, statistics: Statistics, method: str, weight_method: str
+        self,
+        model: nn.Module,
+        groups: list[_Group],
+        statistics: Statistics,
+        method: str,
+        weight_method: str,
     ) -> None:
         collection = Collection(model)
         self._names = collection.names
@@ -347,6 +425,13 @@ class _Ranges:
         self._statistics = statistics
         self._method = method
         self._weight_method = weight_method
+        self._axes: dict[TensorQuantizer, int] = {}  # of the weights of calls, in int8
+        for group in groups:
+            for product in group.products.values():
+                if product.axis is not None:
+                    _, weight_quantizer = product.operands
+                    self._axes[weight_quantizer] = product.axis
+        self._former: dict[tuple[TensorQuantizer, str], _Range] = {}
 
     def change(self, quantizer: TensorQuantizer, name: str) -> None:
         """Make a quantizer, or its leader, one of int8 or FP8, with a range; one that has the format stays.
@@ -359,8 +444,20 @@ class _Ranges:
             ArgumentError: The statistics do not have its tensor.
         """
         leader = quantizer.leader
-        if leader.is_fixed or leader.format.is_float == (name == FP8.name):
+        present = FP8.name if leader.format.is_float else INT8
+        if leader.is_fixed or present == name:
             return
+        self._former[leader, present] = _Range(leader.num_bits, leader.axis, leader.amax)
+        former = self._former.get((leader, name))
+        if former is None:
+            self._solve(leader, name)
+            return
+        leader.set_format(former.num_bits, former.axis)
+        if former.amax is not None:
+            leader.amax = former.amax
+
+    def _solve(self, leader: TensorQuantizer, name: str) -> None:
+        """Give a quantizer a format that it has not had yet, and compute its range."""
         site = self._weights.get(self._names[leader])
         if site is not None:
             leader.set_format(*_describe_weight(site, name))
@@ -372,8 +469,12 @@ class _Ranges:
                 f"the statistics have no tensor {self._names[leader]!r}.",
                 "pass the statistics that the model was calibrated from.",
             )
-        leader.set_format(FP8_BITS if name == FP8.name else 8)
-        leader.amax = leader.solve_range(tensor, self._method)
+        if name == FP8.name:
+            leader.set_format(FP8_BITS)
+        else:
+            leader.set_format(8, self._axes.get(leader))
+        method = self._method if leader.axis is None else "max"
+        leader.amax = leader.solve_range(tensor, method)
 
 
 def _describe_weight(site: WeightSite, name: str) -> tuple[NumBits, int | None]:
@@ -385,12 +486,18 @@ def _describe_weight(site: WeightSite, name: str) -> tuple[NumBits, int | None]:
     return desc.num_bits, desc.axis
 
 
+def _noise_of(decibels: float) -> float:
+    """The noise for a signal of 1."""
+    return float(10 ** (-decibels / 10))
+
+
 class _Trial:
-    """Measures the outputs with one group of layers quantized.
+    """Measures the outputs of the model in formats.
 
     Args:
         model: The model.
         samples: The batches.
+        groups: Its groups.
         ranges: Changes formats.
         outputs: As for `predict`.
         mask: As for `predict`.
@@ -400,72 +507,149 @@ class _Trial:
         self,
         model: nn.Module,
         samples: list[Any],
+        groups: list[_Group],
         ranges: _Ranges,
         outputs: Selection | None,
         mask: Mask | None,
     ) -> None:
         self._model = model
         self._samples = samples
+        self._groups = groups
         self._ranges = ranges
         self._view: dict[str, Any] = {"outputs": outputs, "mask": mask}
         with disable_quantization(model):
             self._expected = predict(model, samples, **self._view)
 
-    def measure(self, group: _Group) -> tuple[float, float]:
-        """SQNR in dB with the group in int8, and with it in FP8; the group is in int8 afterwards."""
-        leaders = list(dict.fromkeys(quantizer.leader for quantizer in group.operands))
-        int8_db = self._measure_once(group.unit.quantizers)
-        with _restoring_formats(leaders):
-            for leader in leaders:
-                self._ranges.change(leader, FP8.name)
-            fp8_db = self._measure_once(group.operands)
-        return int8_db, fp8_db
+    def measure_alone(self, group: _Group) -> dict[str, float]:
+        """SQNR in dB with only this group quantized, by its format; it is int8 before and after."""
+        decibels = {INT8: self._measure_only(group.unit.quantizers)}
+        for quantizer in group.operands:
+            self._ranges.change(quantizer, FP8.name)
+        decibels[FP8.name] = self._measure_only(group.operands)
+        for quantizer in group.operands:
+            self._ranges.change(quantizer, INT8)
+        return decibels
 
-    def _measure_once(self, quantizers: Iterable[TensorQuantizer]) -> float:
+    def measure(self, formats: Sequence[str]) -> float:
+        """SQNR in dB with all groups quantized.
+
+        Args:
+            formats: The format of each group, which it has afterwards.
+        """
+        _set_formats(self._groups, formats, self._ranges)
+        return self._measure()
+
+    def _measure_only(self, quantizers: Iterable[TensorQuantizer]) -> float:
         with disable_quantization(self._model):
             for quantizer in quantizers:
                 quantizer.enable()
-            outputs = predict(self._model, self._samples, **self._view)
+            return self._measure()
+
+    def _measure(self) -> float:
+        outputs = predict(self._model, self._samples, **self._view)
         decibels = {}
         for name, pair in pair_arrays(self._expected, outputs).items():
             decibels[name] = sqnr_db(*pair)
         return decide_db(decibels)
 
 
-@contextmanager
-def _restoring_formats(leaders: list[TensorQuantizer]) -> Iterator[None]:
-    """Restore formats and ranges on exit."""
-    former = [(leader, leader.num_bits, leader.axis, leader.amax) for leader in leaders]
-    try:
-        yield
-    finally:
-        for leader, num_bits, axis, amax in former:
-            leader.set_format(num_bits, axis)
-            if amax is not None:
-                leader.amax = amax
+class _Search:
+    """Chooses the formats of the groups that are free to have both.
 
+    Args:
+        groups: All groups; those that can be int8 are int8.
+        pins: The format that a plan sets for each group; None if it sets none.
+        trial: Measures the model.
 
-def _apply(group: _Group, chosen: str, ranges: _Ranges) -> None:
-    """Give a group its format; it is int8, attention is FP8."""
-    if chosen == FLOAT:
-        for quantizer in group.unit.quantizers:
-            quantizer.disable()
-    elif chosen == FP8.name and not group.is_attention:
-        for quantizer in group.unit.quantizers:
-            if quantizer not in group.operands:
-                quantizer.disable()  # it serves int8 only
-        for quantizer in group.operands:
-            ranges.change(quantizer, FP8.name)
+    Attributes:
+        formats: The format of each group so far.
+    """
 
+    def __init__(self, groups: list[_Group], pins: list[str | None], trial: _Trial) -> None:
+        self._groups = groups
+        self._pins = pins
+        self._trial = trial
+        self._alone: dict[int, dict[str, float]] = {}
+        self._uniform: dict[str, float] = {}
+        self._chosen_db: float | None = None
+        self.formats = [pin or group.formats[0] for group, pin in zip(groups, pins, strict=True)]
+        self._free = []
+        for index, (group, pin) in enumerate(zip(groups, pins, strict=True)):
+            if pin is None and len(group.formats) > 1:
+                self._free.append(index)
 
-def _disable_followers(groups: list[_Group]) -> None:
-    """Switch off the quantizers of sums whose range has become one of FP8 with another group."""
-    for group in groups:
-        if group.is_attention:
-            continue
-        for quantizer in group.unit.quantizers:
-            if quantizer.format.is_float and quantizer not in group.operands:
-                quantizer.disable()
+    def run(self) -> None:
+        """Measure each free group alone, all of them in one format, and then one change after the other."""
+        if not self._free:
+            return
+        total = 3 * len(self._free) + len(FORMAT_NAMES)
+        with tqdm(total=total, desc="formats", unit="run", disable=None) as progress:
+            for index in self._free:
+                self._alone[index] = self._trial.measure_alone(self._groups[index])
+                progress.update(2)
+            for name in FORMAT_NAMES:
+                self._uniform[name] = self._trial.measure(self._with_formats(self._free, name))
+                progress.update()
+            is_fp8_better = self._uniform[FP8.name] > self._uniform[INT8]
+            better, other = (FP8.name, INT8) if is_fp8_better else (INT8, FP8.name)
+            self.formats = self._with_formats(self._free, better)
+            chosen_db = self._uniform[better]
+            for index in self._order_by_gain(better, other):
+                formats = self._with_formats([index], other)
+                decibels = self._trial.measure(formats)
+                if decibels > chosen_db:
+                    self.formats = formats
+                    chosen_db = decibels
+                progress.update()
+            self._chosen_db = chosen_db
+
+    def _with_formats(self, indices: Iterable[int], name: str) -> list[str]:
+        """The formats so far, but another one for some groups."""
+        formats = list(self.formats)
+        for index in indices:
+            formats[index] = name
+        return formats
+
+    def _order_by_gain(self, present: str, other: str) -> list[int]:
+        """The free groups, those first whose noise alone falls most from one format to the other."""
+        losses = {}
+        for index, decibels in self._alone.items():
+            losses[index] = _noise_of(decibels[other]) - _noise_of(decibels[present])
+        return sorted(losses, key=losses.__getitem__)
+
+    def describe(self, sm: int) -> FormatChoice:
+        """The result, with the reason of each choice."""
+        choices = []
+        for index, group in enumerate(self._groups):
+            alone = self._alone.get(index, {})
+            choices.append(
+                LayerFormat(
+                    group.unit.layers,
+                    self.formats[index],
+                    self._explain(index),
+                    alone.get(INT8),
+                    alone.get(FP8.name),
+                )
+            )
+        return FormatChoice(
+            sm,
+            tuple(choices),
+            self._uniform.get(INT8),
+            self._uniform.get(FP8.name),
+            self._chosen_db,
+        )
+
+    def _explain(self, index: int) -> str:
+        """Why a group has its format."""
+        group = self._groups[index]
+        if len(group.formats) == 1:
+            return group.reason
+        if self._pins[index] is not None:
+            return "pinned by the plan"
+        alone = self._alone[index]
+        if alone[self.formats[index]] == max(alone.values()):
+            return "the smaller error"
+        return "the smaller error together with the other layers"
 
 
 def _require_one_format(groups: list[_Group]) -> None:
@@ -475,11 +659,10 @@ def _require_one_format(groups: list[_Group]) -> None:
         StateError: With the layer.
     """
     for group in groups:
-        for name, layer in group.weighted.items():
-            enabled = [
-                quantizer for quantizer in layer.quantizers().values() if quantizer.is_enabled
-            ]
-            formats = sorted({quantizer.format.name for quantizer in enabled})
+        for name, product in group.products.items():
+            formats = sorted(
+                {quantizer.format.name for quantizer in product.operands if quantizer.is_enabled}
+            )
             if len(formats) > 1:
                 raise StateError(
                     f"the operands of {name} have the formats {' and '.join(formats)}.",
