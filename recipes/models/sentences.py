@@ -163,11 +163,11 @@ def tokenize(sentences: list[str]) -> BatchEncoding:
 
 def _embed(predict: Predict) -> NDArray[np.float32]:
     """Embeddings of the sentences of the score `[48, 384]`."""
-    parts = [predict(batch)["embedding"] for batch in _list_score_batches()]
+    parts = [predict(batch)["embedding"] for batch in score_batches()]
     return np.concatenate(parts)
 
 
-def _list_score_batches() -> list[BatchEncoding]:
+def score_batches() -> list[BatchEncoding]:
     """The sentences of the score in 3 batches of 16."""
     sentences = [sentence for pair in PAIRS[1::2] for sentence in pair]
     return [tokenize(sentences[start : start + 16]) for start in range(0, len(sentences), 16)]
@@ -200,7 +200,7 @@ def print_passes() -> None:
     """Quantize all layers, and print SQNR and cosine after each pass, on sentences that no pass has seen."""
     drawn = training_batches()
     fit = [*batches(), *drawn[:28]]
-    samples = {"held out": drawn[28:44], "score": _list_score_batches()}
+    samples = {"held out": drawn[28:44], "score": score_batches()}
     model = build()
     expected = {}
     for name, sentences in samples.items():
