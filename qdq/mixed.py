@@ -289,12 +289,12 @@ def _list_products(
             quantizers = layer.quantizers().values()
             operands = [quantizer for quantizer in unit.quantizers if quantizer in quantizers]
             products[unit.name] = _Product(tuple(operands), reason_against_fp8(layer))
-        elif layer is None and len(unit.quantizers) == 2:
-            call = calls[unit.name]
-            weight = find_weight(call, flow)
-            if weight is not None:
-                reason = reason_against_fp8_call(call, flow)
-                products[unit.name] = _Product(unit.quantizers, reason, weight.axis)
+            continue
+        call = calls.get(unit.name)
+        weight = None if call is None else find_weight(call, flow)
+        if call is not None and weight is not None and len(unit.quantizers) == 2:
+            reason = reason_against_fp8_call(call, flow)
+            products[unit.name] = _Product(unit.quantizers, reason, weight.axis)
     return products
 
 

@@ -155,6 +155,19 @@ def test_a_product_of_two_types_is_named(types, words, tmp_path):
     assert words in finding.message
 
 
+@pytest.mark.parametrize(("dtype", "named"), [(TensorProto.INT8, ["a"]), (files.E4M3, [])])
+def test_the_shortcut_of_a_sum_matters_to_int8_only(dtype, named, tmp_path):
+    file = files.File()
+    file.node("Relu", ["x"], "r")
+    file.pair("r", "rd", dtype=dtype)
+    file.weight(files.codes_of(16, 16, 1, 1), 0.02, dtype)
+    file.node("Conv", ["rd", "wd"], "c")
+    file.node("Add", ["c", "r"], "a")
+    file.node("Relu", ["a"], "y")
+    report = check_onnx(file.save(tmp_path / "m.onnx", [1, 16, 8, 8], [1, 16, 8, 8]))
+    assert [finding.node for finding in report.findings if finding.rule == "QDQ112"] == named
+
+
 def test_int8_attention_is_still_named(tmp_path):
     path = files.attention(tmp_path / "m.onnx", dtype=TensorProto.INT8, softmax_scale=1 / 127)
     (finding,) = check_onnx(path).problems

@@ -134,13 +134,13 @@ def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
     """Name the Add, if it joins the branch of an int8 convolution and a shortcut.
 
     Sums after an activation, of different shapes, with a constant or with an input of the model are not residual
-    (R-ADD-4, R-ADD-5).
+    (R-ADD-4, R-ADD-5). After a convolution in FP8 the sum is float anyway (R-FP8).
     """
     for node in view.select("Add"):
         if not _may_be_residual(view, node):
             continue
         branch = _find_branch(view, node)
-        if branch is None:
+        if branch is None or _is_fp8_branch(view, node.inputs[branch]):
             continue
 
         faults = _list_faults(view, node.inputs[branch], node.inputs[1 - branch])
@@ -150,6 +150,14 @@ def _shortcut_is_wrong(view: GraphView) -> Iterator[Flaw]:
                 message=f"a residual Add has {' and '.join(faults)} (R-ADD-1)",
                 fix="quantize the shortcut only, with the quantizer of the block's input if they are the same tensor.",
             )
+
+
+def _is_fp8_branch(view: GraphView, branch: ir.Value | None) -> bool:
+    """Whether an operand of an Add comes from a convolution in FP8."""
+    convolution = _find_product(view, _skip_pair(view, branch), _CONVOLUTIONS)
+    if convolution is None:
+        return False
+    return view.code_word(view.dequantizer(convolution.inputs[0])) == "FP8"
 
 
 def _may_be_residual(view: GraphView, add: ir.Node) -> bool:
