@@ -22,6 +22,7 @@ from qdq.graph.code_types import find_code_type, is_trt_quantizer, list_lacking
 from qdq.graph.coverage import Coverage, list_work_nodes, measure_coverage
 from qdq.graph.names import name_unnamed
 from qdq.graph.pairs import QDQ_OPS, is_op, producer_of
+from qdq.graph.shapes import complete_shapes
 from qdq.graph.tensors import list_data_files
 from qdq.graph.validate import CheckerVerdict
 from qdq.product_types import LOW_TYPES, list_low_types, word_of
@@ -39,6 +40,7 @@ ENGINE_SUFFIXES = {"rtx": ".rtx.engine", "tensorrt": ".engine"}
 _FATAL_RULES = ("QDQ205", "QDQ208")
 # Rules whose findings name a Softmax with the reason why its attention is split.
 _ATTENTION_RULES = ("QDQ118", "QDQ136")
+_FEWEST_KEYS = 32  # 31 are two products in TensorRT-RTX 1.7.1, 32 are one kernel, on SM 89
 _UNKNOWN_SPLIT = "no rule knows why; TensorRT fuses attention in half precision only."
 # Constant, and the operators that TensorRT folds between a constant and the scale of a Q/DQ. It crashes on others, for
 # example on ReduceMax.
@@ -313,7 +315,7 @@ def build_engine(
         profiles=profiles,
         layers=take_census(list_work_nodes(model), plan.kernels),
         coverage=measure_coverage(model, **facts.inference),
-        attention=_find_attention(model, plan.kernels),
+        attention=_find_attention(model, plan.kernels, facts),
         trtexec=commands,
         warnings=[*refusal, *plan.warnings],
     )
@@ -476,21 +478,34 @@ def _decides_types(model: ir.Model) -> bool:
     return False
 
 
-def _find_attention(model: ir.Model, kernels: Sequence[Kernel]) -> list[AttentionCensus]:
+def _find_attention(
+    model: ir.Model, kernels: Sequence[Kernel], facts: FileFacts
+) -> list[AttentionCensus]:
     """Whether each attention of a graph is one kernel, and why not."""
+    if facts.checker.may_ask_again:
+        complete_shapes(model, data_prop=facts.checker.can_propagate)
     reasons = {}
     for finding in find_violations(model, choose_rules(_ATTENTION_RULES)):
         if finding.severity != "info":
             reasons[finding.node] = f"{finding.message} ({finding.rule})."
 
     census = []
-    for softmax, *products in list_attention(GraphView(model)):
+    view = GraphView(model)
+    for softmax, *products in list_attention(view):
         names = {str(product.name) for product in products}
         is_fused = any(names.issubset(kernel.onnx_nodes) for kernel in kernels)
         name = name_of(softmax)
-        reason = "" if is_fused else reasons.get(name, _UNKNOWN_SPLIT)
+        reason = "" if is_fused else reasons.get(name) or _explain_split(view, softmax)
         census.append(AttentionCensus(name, is_fused, reason))
     return census
+
+
+def _explain_split(view: GraphView, softmax: ir.Node) -> str:
+    """Why an attention without a fault is several kernels."""
+    *_, num_keys = view.shape(softmax.inputs[0]) or (None,)
+    if num_keys is not None and num_keys < _FEWEST_KEYS:
+        return f"it has {num_keys} keys; TensorRT-RTX 1.7 fuses attention from {_FEWEST_KEYS} on."
+    return _UNKNOWN_SPLIT
 
 
 def _choose_engine_path(onnx_path: Path, output: Path | str | None, backend: str) -> Path:

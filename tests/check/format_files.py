@@ -200,6 +200,7 @@ def attention(
     quantized=("q", "k", "v"),
     scaled="before",
     dtype=E4M3,
+    tokens=64,
 ):
     """Attention of 2 heads; the pair of the softmax is `pd`, and without a scale there is none."""
     file = File(real)
@@ -227,4 +228,4 @@ def attention(
         file.pair("p", "pd", softmax_scale, dtype)
     file.node("MatMul", ["p" if softmax_scale is None else "pd", read("v")], "o")
     file.node("Neg", ["o"], "y")
-    return file.save(path, [1, 2, 64, 32], [1, 2, 64, 32])
+    return file.save(path, [1, 2, tokens, 32], [1, 2, tokens, 32])

@@ -138,3 +138,11 @@ def test_attention(options, types, is_fused, tmp_path):
     assert bool(attention.reason) is not is_fused
     assert ("QDQ136" in attention.reason) == ("FP8" in types and not is_fused)
     assert ("attention: " in report.format_table()) == ("FP8" in types)
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(31, "it has 31 keys"), (32, "")])
+def test_short_attention_is_several_kernels(tokens, reason, tmp_path):
+    report = _build(lambda path: files.attention(path, tokens=tokens), tmp_path)
+    (attention,) = report.attention
+    assert attention.reason.startswith(reason)
+    assert attention.is_fused is not bool(reason)
