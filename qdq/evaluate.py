@@ -31,7 +31,7 @@ from qdq.metrics import (
 )
 from qdq.outputs import Mask, Selection
 from qdq.predictor import predict
-from qdq.quantizer import named_quantizers
+from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.text import printable
 
 # Of the input of a quantizer, to look for ties: how much another order of summation in float32 changes it, and how much
@@ -215,10 +215,18 @@ def measure_tie_floor(
 
 @contextmanager
 def _nudging(model: nn.Module, fraction: float) -> Iterator[None]:
-    """Enlarge the input of every activation quantizer by a fraction of itself in the block."""
+    """Enlarge the input of every activation quantizer by a fraction of itself in the block.
 
-    def nudge(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * (1 + fraction), *inputs[1:])
+    The steps of FP8 are relative, also near 0, but a sum of products is rounded relative to its terms. So in float32 a
+    small input of an FP8 quantizer is enlarged by that fraction of the root mean square of the tensor.
+    """
+
+    def nudge(quantizer: TensorQuantizer, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        values = inputs[0]
+        if not quantizer.format.is_float or abs(fraction) != _NUDGES["fp32"]:
+            return (values * (1 + fraction), *inputs[1:])
+        sizes = values.abs().clamp_min(values.square().mean().sqrt())
+        return (values + fraction * values.sign() * sizes, *inputs[1:])
 
     with ExitStack() as hooks:
         for name, quantizer in named_quantizers(model):

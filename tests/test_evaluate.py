@@ -184,6 +184,17 @@ def test_tie_floor_of_a_float_model_is_float_rounding(residual, images):
     assert measure_tie_floor(residual, [images]) == math.inf  # no quantizer, so nothing is nudged
 
 
+@pytest.mark.parametrize(("distance", "is_tie"), [(1e-7, True), (1e-6, False)])
+def test_a_small_input_of_fp8_is_nudged_like_a_sum_of_large_terms(distance, is_tie):
+    model = nn.Sequential(nn.Linear(32, 32)).eval()
+    x = torch.ones(2, 32)  # a code, and far from a tie
+    swap_modules(model, x, formats=("fp8",))
+    calibrate_model(model, [x], method="max")
+    model[0].input_quantizer.amax = 448.0
+    x[0, 0] = 2**-6 + 2**-10 - distance  # halfway between two codes
+    assert math.isfinite(measure_tie_floor(model, [x])) == is_tie
+
+
 def test_tie_floor_sees_ties_and_leaves_no_hook(quantized, images):
     with torch.no_grad():
         scale = quantized.stem.input_quantizer.scale
