@@ -73,8 +73,8 @@ def bench_formats(
     for name in networks:
         workload = load_network(name)
         qdq.fold_batchnorm(workload.module, workload.example)
-        attention = list_attention(Dataflow(trace_forward(workload.module, workload.example)))
-        excluded = {"float": tuple(attention), "fp8": ()} if attention else {"float": ()}
+        attention = _list_attention(workload)
+        excluded = {"float": attention, "fp8": ()} if attention else {"float": ()}
         for attention_format, exclude in excluded.items():
             row = _measure(name, workload, attention_format, exclude, samples, method)
             rows.append(row)
@@ -83,6 +83,14 @@ def bench_formats(
                 data = {"rows": list(map(asdict, rows)), "environment": describe_environment()}
                 write_json(json, data)
     return 0
+
+
+def _list_attention(workload: Workload) -> tuple[str, ...]:
+    """The products of attention of the swapped model: `nn.MultiheadAttention` calls others in float."""
+    model = copy.deepcopy(workload.module)
+    qdq.swap_modules(model, workload.example)
+    with qdq.disable_quantization(model):
+        return tuple(list_attention(Dataflow(trace_forward(model, workload.example))))
 
 
 def _measure(
