@@ -169,10 +169,10 @@ def measure_tie_floor(
     """SQNR in dB that rounding ties alone leave between two correct runs of a quantized model.
 
     The model is run twice more, without TF32. The input of every quantizer is larger by 2^-22 of itself in one run and
-    smaller in the other, about as much as another order of summation in float32 changes it. A float model hardly
-    changes. A quantized one does, because values next to a tie round to the other code, and later layers propagate the
-    difference. The lower SQNR of the two runs counts. That of another runtime may be a little above or below this
-    figure, but not far below.
+    smaller in the other, about as much as another order of summation in float32 changes it. Small inputs of FP8
+    quantizers change by 2^-22 of the root mean square of the tensor. A float model hardly changes. A quantized one
+    does, because values next to a tie round to the other code, and later layers propagate the difference. The lower
+    SQNR of the two runs counts. That of another runtime may be a little above or below this figure, but not far below.
 
     Args:
         model: A calibrated model.

@@ -200,3 +200,32 @@ def test_what_fp8_has_no_kernel_for_stays_float():
 def test_other_formats_are_refused(formats):
     with pytest.raises(qdq.QdqError, match="formats is"):
         qdq.plan_swap(nn.Linear(8, 8), formats=formats)
+
+
+class RelativeAttention(nn.Module):
+    """Attention of 6 heads with a bias from a table, as in Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(192, 576)
+        self.table = nn.Parameter(torch.randn(169, 6))
+        self.register_buffer("index", torch.randint(169, (49 * 49,)))
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).reshape(-1, 49, 3, 6, 32).permute(2, 0, 3, 1, 4)
+        bias = self.table[self.index].view(49, 49, -1).permute(2, 0, 1).unsqueeze(0)
+        scores = query @ key.transpose(-2, -1) + bias
+        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.trt
+def test_attention_with_a_bias_from_a_table_is_one_kernel(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+    model = RelativeAttention().eval()
+    x = torch.randn(2, 49, 192)
+    qdq.swap_modules(model, x, formats=("fp8",))
+    qdq.rewire_operations(model, x, formats=("fp8",))
+    qdq.calibrate_model(model, [x], method="max")
+    path = qdq.export_onnx(model, x, tmp_path / "m.onnx").path
+    (attention,) = qdq.build_engine(path, backend="rtx", sm=89).attention
+    assert attention.is_fused
