@@ -424,9 +424,10 @@ class _Planner:
         Args:
             operation: The call of the product, in the forward of the layer or of another module.
         """
-        if isinstance(self._modules[operation.module], QuantMixin):
+        is_attention = operation.name in self._attention  # also in the forward of a layer
+        if isinstance(self._modules[operation.module], QuantMixin) and not is_attention:
             return True
-        if self._has_fp8 and operation.name in self._attention:
+        if self._has_fp8 and is_attention:
             return self._decide(operation).action == "quantize"
         is_product = operation.function in WEIGHTED | MATRIX_PRODUCTS
         is_call = is_product and self._is_candidate(operation)

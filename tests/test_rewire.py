@@ -729,3 +729,18 @@ def test_quantizers_of_calls_are_on_the_device_of_the_model(residual, images, gp
     quantizers = dict(named_quantizers(model))
     assert "_add_quantizer" in quantizers
     assert {quantizer.device for quantizer in quantizers.values()} == {gpu}
+
+
+def test_attention_of_an_int8_layer_is_no_int8_work():
+    model = nn.TransformerEncoderLayer(64, 2, 128, batch_first=True).eval()
+    x = torch.randn(1, 32, 64)
+    shares = {}
+    for formats in (("int8",), ("fp8",)):
+        swap_modules(model, x, formats=formats)
+        plan = rewire_operations(model, x, formats=formats)
+        shares[formats] = plan.int8_macs / plan.macs
+        restore_modules(model)
+    attention = 2 * 32 * 32 * 64
+    layers = 32 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert shares[("int8",)] == pytest.approx(layers / (layers + attention))
+    assert shares[("fp8",)] == 1
