@@ -180,10 +180,10 @@ def ptq(
     num_fitted = qdq.FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
-        fitted.subset(num_fitted),
+        fitted.subset(num_fitted).by_source(),
         judge,
         effort=accuracy,
-        refit=calibration.subset(num_fitted),
+        refit=calibration.subset(num_fitted).by_source(),
         path=run.recovery_file,
         **view,
     )

@@ -158,10 +158,10 @@ def qat(
     num_fitted = qdq.FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
-        fitted.subset(num_fitted),
+        fitted.subset(num_fitted).by_source(),
         judge,
         effort=accuracy,
-        refit=calibration.subset(num_fitted),
+        refit=calibration.subset(num_fitted).by_source(),
         **view,
     )
     outputs["start"] = qdq.predict(net, samples, **view)
