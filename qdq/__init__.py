@@ -68,6 +68,7 @@ _HOMES = {
     "report": ("write_report",),
     "report.compare": ("compare_runs",),
     "report.explain": ("explain_layer",),
+    "report.target_runs": ("write_targets",),
     "rewire": ("RewirePlan", "rewire_operations"),
     "roofline": ("find_target_sm",),
     "run": ("Run", "check_run_folder", "start_run"),

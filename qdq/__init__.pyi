@@ -89,6 +89,7 @@ from qdq.references import save_references as save_references
 from qdq.report import write_report as write_report
 from qdq.report.compare import compare_runs as compare_runs
 from qdq.report.explain import explain_layer as explain_layer
+from qdq.report.target_runs import write_targets as write_targets
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
 from qdq.roofline import find_target_sm as find_target_sm
