@@ -5,7 +5,7 @@ The statistics of calibration are the same for both formats, so one pass serves 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +108,7 @@ def choose_formats(
     method: str = "mse",
     weight_method: str = "max",
     pinned: Mapping[str, str] | None = None,
+    earlier: Sequence[FormatChoice] = (),
     outputs: Selection | None = None,
     mask: Mask | None = None,
 ) -> FormatChoice:
@@ -126,6 +127,7 @@ def choose_formats(
         weight_method: Method of the ranges of weights.
         pinned: Layer, or pattern of layers -> its precision, "int8", "fp8" or "float", decided already; "float" decides
             nothing here.
+        earlier: Choices for other GPUs, in copies of this model on these batches: their errors are not measured again.
         outputs: As for `predict`.
         mask: As for `predict`.
 
@@ -153,13 +155,14 @@ def choose_formats(
         groups = _list_groups(model, units, list_attention(Dataflow(trace)), sm)
         pins = [_find_pin(group, decided) for group in groups]
 
+        measured = _list_measured(earlier)
         ranges = _Ranges(model, statistics, method, weight_method)
         _return_to_int8(groups, ranges)
         trial = _Trial(model, samples, ranges, outputs, mask)
         choices = []
         progress = tqdm(groups, desc="formats", unit="layer", disable=None)
         for group, pin in zip(progress, pins, strict=True):
-            choices.append(_choose(group, pin, trial))
+            choices.append(_choose(group, pin, trial, measured))
         for group, choice in zip(groups, choices, strict=True):
             _apply(group, choice.format, ranges)
         _disable_followers(groups)
@@ -316,14 +319,36 @@ def _return_to_int8(groups: list[_Group], ranges: _Ranges) -> None:
                 ranges.change(quantizer, INT8)
 
 
-def _choose(group: _Group, pin: str | None, trial: _Trial) -> LayerFormat:
-    """The format of a group."""
+def _list_measured(choices: Iterable[FormatChoice]) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Layers of a group -> SQNR in dB with them in int8, and in FP8, of all groups that were measured."""
+    measured = {}
+    for choice in choices:
+        for entry in choice.choices:
+            if entry.int8_db is not None and entry.fp8_db is not None:
+                measured[entry.layers] = (entry.int8_db, entry.fp8_db)
+    return measured
+
+
+def _choose(
+    group: _Group,
+    pin: str | None,
+    trial: _Trial,
+    measured: Mapping[tuple[str, ...], tuple[float, float]],
+) -> LayerFormat:
+    """The format of a group.
+
+    Args:
+        group: The group.
+        pin: The format that a plan sets for it; None if it sets none.
+        trial: Measures it.
+        measured: From `_list_measured`.
+    """
     layers = group.unit.layers
     if len(group.formats) == 1:
         return LayerFormat(layers, group.formats[0], group.reason)
     if pin is not None:
         return LayerFormat(layers, pin, "pinned by the plan")
-    int8_db, fp8_db = trial.measure(group)
+    int8_db, fp8_db = measured.get(layers) or trial.measure(group)
     better = FP8.name if fp8_db > int8_db else INT8
     return LayerFormat(layers, better, "the smaller error", int8_db, fp8_db)
 

@@ -161,7 +161,9 @@ def ptq(
     scores[start] = workload.measure(net)
     judge.measure(f"calibrated, {start}", net)
 
-    calibrated, reports = net, []
+    calibrated = net
+    choices: list[qdq.FormatChoice] = []
+    reports = []
     for current in targets:
         target_run = run.start_target(current.name)
         # Every target starts from the calibrated model; the last one may change it.
@@ -179,8 +181,10 @@ def ptq(
                 sm=current.sm,
                 method="mse" if calib_method == "best" else calib_method,
                 pinned=None if pinned is None else pinned.precisions,
+                earlier=choices,
                 **view,
             )
+            choices.append(choice)
             target_judge.measure(f"formats for SM {current.sm}", net)
 
         target_run.stage("analyze")

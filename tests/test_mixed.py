@@ -1,5 +1,8 @@
 """The choice between int8 and FP8, against a search by hand."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,6 +77,19 @@ def test_each_layer_gets_the_format_with_the_smaller_error(inputs, tmp_path):
             qdq.enable_quantization(model.get_submodule(name))
             output = model(inputs).detach().numpy()
             assert sqnr_db(expected, output) == pytest.approx(decibels, abs=1e-3)
+
+
+def test_what_was_measured_for_another_gpu_is_not_measured_again(inputs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    t4 = choose(copy.deepcopy(model), inputs, statistics, sm=75)
+    l4 = choose(copy.deepcopy(model), inputs, statistics)
+    entries = [replace(entry, int8_db=40.0, fp8_db=39.0) for entry in l4.choices[:1]]
+    known = [t4, replace(l4, choices=tuple(entries))]
+    rtx50 = choose(model, inputs, statistics, sm=120, earlier=known)
+    first, second = rtx50.choices
+    assert (first.layers, first.format, first.int8_db, first.fp8_db) == (("first",), "int8", 40, 39)
+    assert second == l4.choices[1]  # measured here
 
 
 def test_a_gpu_without_fp8_gets_int8_and_float_attention(tmp_path):
