@@ -55,6 +55,7 @@ _HOMES = {
     "qat": ("Tuning", "finetune"),
     "qat.checkpoint": ("load_tuned", "save_tuned"),
     "qat.losses": ("Distillation", "cross_entropy"),
+    "qat.weight_tuning": ("WeightTuning", "tune_weights"),
     "quantize": ("fake_quantize",),
     "quantizer": (
         "QuantDescriptor",

@@ -74,6 +74,8 @@ from qdq.qat.checkpoint import load_tuned as load_tuned
 from qdq.qat.checkpoint import save_tuned as save_tuned
 from qdq.qat.losses import Distillation as Distillation
 from qdq.qat.losses import cross_entropy as cross_entropy
+from qdq.qat.weight_tuning import WeightTuning as WeightTuning
+from qdq.qat.weight_tuning import tune_weights as tune_weights
 from qdq.quantize import fake_quantize as fake_quantize
 from qdq.quantizer import QuantDescriptor as QuantDescriptor
 from qdq.quantizer import TensorQuantizer as TensorQuantizer
