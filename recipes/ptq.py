@@ -69,8 +69,8 @@ def ptq(
         analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
         accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
-            also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
-            calibration samples is undone.
+            also rounds weights for their outputs (minutes), best also reconstructs blocks and fine-tunes weights
+            without labels (many minutes). What does not help on held-out calibration samples is undone.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
             error.

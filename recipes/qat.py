@@ -72,7 +72,7 @@ def qat(
         max_float_layers: The analysis leaves at most this many layers in float.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
-            calibration samples is undone.
+            calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
             error.
@@ -200,6 +200,7 @@ def qat(
         fitted.subset(num_fitted).by_source(),
         judge,
         effort=accuracy,
+        tunes=False,
         refit=calibration.subset(num_fitted).by_source(),
         **view,
     )
