@@ -72,7 +72,7 @@ def tune_weights(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    steps: int = 200,
+    steps: int = 100,
     batch_size: int = 16,
     lr: float = 1e-5,
     bias_lr: float = 1e-4,
