@@ -55,6 +55,7 @@ _HOMES = {
     "qat": ("Tuning", "finetune"),
     "qat.checkpoint": ("load_tuned", "save_tuned"),
     "qat.losses": ("Distillation", "cross_entropy"),
+    "qat.weight_tuning": ("WeightTuning", "tune_weights"),
     "quantize": ("fake_quantize",),
     "quantizer": (
         "QuantDescriptor",
@@ -68,6 +69,7 @@ _HOMES = {
     "report": ("write_report",),
     "report.compare": ("compare_runs",),
     "report.explain": ("explain_layer",),
+    "report.target_runs": ("write_targets",),
     "rewire": ("RewirePlan", "rewire_operations"),
     "roofline": ("find_target_sm",),
     "run": ("Run", "check_run_folder", "start_run"),

@@ -74,6 +74,8 @@ from qdq.qat.checkpoint import load_tuned as load_tuned
 from qdq.qat.checkpoint import save_tuned as save_tuned
 from qdq.qat.losses import Distillation as Distillation
 from qdq.qat.losses import cross_entropy as cross_entropy
+from qdq.qat.weight_tuning import WeightTuning as WeightTuning
+from qdq.qat.weight_tuning import tune_weights as tune_weights
 from qdq.quantize import fake_quantize as fake_quantize
 from qdq.quantizer import QuantDescriptor as QuantDescriptor
 from qdq.quantizer import TensorQuantizer as TensorQuantizer
@@ -89,6 +91,7 @@ from qdq.references import save_references as save_references
 from qdq.report import write_report as write_report
 from qdq.report.compare import compare_runs as compare_runs
 from qdq.report.explain import explain_layer as explain_layer
+from qdq.report.target_runs import write_targets as write_targets
 from qdq.rewire import RewirePlan as RewirePlan
 from qdq.rewire import rewire_operations as rewire_operations
 from qdq.roofline import find_target_sm as find_target_sm

@@ -23,7 +23,7 @@ from qdq.quantizer import TensorQuantizer
 
 logger = logging.getLogger(__name__)
 
-_ORDER = ("round_weights", "reconstruct_blocks", "correct_bias")
+_ORDER = ("round_weights", "reconstruct_blocks", "correct_bias", "tune_weights")
 _ATTRIBUTE = "_accuracy_passes"  # of a model
 _RANGES = "_calibrated_ranges"  # of a model
 _RANGE = "amax"  # of a quantizer, in the names of a snapshot
@@ -152,7 +152,9 @@ def redoing_passes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undoing_passes(model: nn.Module, name: str) -> Iterator[list[AccuracyPass]]:
+def undoing_passes(
+    model: nn.Module, name: str, *, adds_up: bool = False
+) -> Iterator[list[AccuracyPass]]:
     """In the block a pass can be done: what it did before and the passes after it are taken back.
 
     Passes before it stay done. The block gets those after it, and does them again itself. If it fails, weights,
@@ -162,12 +164,14 @@ def undoing_passes(model: nn.Module, name: str) -> Iterator[list[AccuracyPass]]:
     Args:
         model: The model.
         name: The pass, one of `_ORDER`.
+        adds_up: The pass may be done on top of what it did before, which stays if no pass after it was done.
     """
     former = Snapshot(model)
     passes = list_passes(model)
     rank = _ORDER.index(name)
+    first_undone = rank + 1 if adds_up else rank
     try:
-        if not passes or passes[-1].rank >= rank:
+        if not passes or passes[-1].rank >= first_undone:
             undo_passes(model)
             redo_passes(model, [entry for entry in passes if entry.rank < rank])
         yield [entry for entry in passes if entry.rank > rank]

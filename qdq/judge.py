@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -162,6 +163,12 @@ class Judge:
     def steps(self) -> tuple[JudgedStep, ...]:
         """The steps that were measured so far."""
         return tuple(self._steps)
+
+    def copy(self) -> Judge:
+        """A judge with the same float outputs and the steps so far, to go on from there in another way."""
+        judge = copy.copy(self)
+        judge._steps = list(self._steps)
+        return judge
 
     def resume(self, steps: Sequence[JudgedStep]) -> None:
         """Take the steps of an earlier call over, in place of those that were measured."""

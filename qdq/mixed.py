@@ -128,6 +128,7 @@ def choose_formats(
     method: str = "mse",
     weight_method: str = "max",
     pinned: Mapping[str, str] | None = None,
+    earlier: Sequence[FormatChoice] = (),
     outputs: Selection | None = None,
     mask: Mask | None = None,
 ) -> FormatChoice:
@@ -151,6 +152,8 @@ def choose_formats(
         weight_method: Method of the ranges of weights.
         pinned: Layer, or pattern of layers -> its precision, "int8", "fp8" or "float", decided already; "float" decides
             nothing here.
+        earlier: Choices for other GPUs, in copies of this model on these batches and with these pins: one in which the
+            same layers could have both formats is taken as it is.
         outputs: As for `predict`.
         mask: As for `predict`.
 
@@ -182,7 +185,7 @@ def choose_formats(
         ranges = _Ranges(model, groups, statistics, method, weight_method)
         _return_to_int8(groups, ranges)
         trial = _Trial(model, samples, groups, ranges, outputs, mask)
-        search = _Search(groups, pins, trial)
+        search = _Search(groups, pins, trial, earlier)
         try:
             search.run()
         finally:
@@ -560,12 +563,20 @@ class _Search:
         groups: All groups; those that can be int8 are int8.
         pins: The format that a plan sets for each group; None if it sets none.
         trial: Measures the model.
+        earlier: As for `choose_formats`.
 
     Attributes:
         formats: The format of each group so far.
     """
 
-    def __init__(self, groups: list[_Group], pins: list[str | None], trial: _Trial) -> None:
+    def __init__(
+        self,
+        groups: list[_Group],
+        pins: list[str | None],
+        trial: _Trial,
+        earlier: Iterable[FormatChoice],
+    ) -> None:
+        self._earlier = earlier
         self._groups = groups
         self._pins = pins
         self._trial = trial
@@ -580,7 +591,7 @@ class _Search:
 
     def run(self) -> None:
         """Measure each free group alone, all of them in one format, and then one change after the other."""
-        if not self._free:
+        if not self._free or self._take_earlier():
             return
         total = 3 * len(self._free) + len(FORMAT_NAMES)
         with tqdm(total=total, desc="formats", unit="run", disable=None) as progress:
@@ -602,6 +613,22 @@ class _Search:
                     chosen_db = decibels
                 progress.update()
             self._chosen_db = chosen_db
+
+    def _take_earlier(self) -> bool:
+        """Take the formats and figures of an earlier choice among the same groups; whether there is one."""
+        layers = {self._groups[index].unit.layers: index for index in self._free}
+        for choice in self._earlier:
+            entries = [entry for entry in choice.choices if entry.int8_db is not None]
+            if {entry.layers for entry in entries} != layers.keys():
+                continue
+            for entry in entries:
+                index = layers[entry.layers]
+                self.formats[index] = entry.format
+                self._alone[index] = {INT8: entry.int8_db or 0.0, FP8.name: entry.fp8_db or 0.0}
+            self._uniform = {INT8: choice.int8_db or 0.0, FP8.name: choice.fp8_db or 0.0}
+            self._chosen_db = choice.chosen_db
+            return True
+        return False
 
     def _with_formats(self, indices: Iterable[int], name: str) -> list[str]:
         """The formats so far, but another one for some groups."""

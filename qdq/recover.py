@@ -21,6 +21,7 @@ from qdq.files import as_path
 from qdq.forward import require_model
 from qdq.judge import Judge, JudgedSteps
 from qdq.outputs import Mask, OutputView, Selection
+from qdq.qat.weight_tuning import tune_weights
 from qdq.recovery import Recovery, digest_recovery
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,11 @@ EFFORTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "fast": ("correct_bias",),
         "balanced": ("round_weights", "correct_bias"),
-        "best": ("round_weights", "reconstruct_blocks", "correct_bias"),
+        "best": ("round_weights", "reconstruct_blocks", "correct_bias", "tune_weights"),
     }
 )
-"""Effort -> the passes that are tried, in this order. The first ones fit biases, too: so biases are corrected last, and
-only if that helps on top of them."""
+"""Effort -> the passes that are tried, in this order. The first ones fit biases, too: so biases are corrected after
+them, and only if that helps on top of them. Fine-tuning starts from what helped."""
 
 FITTED_SAMPLES: Mapping[str, int] = MappingProxyType({"fast": 64, "balanced": 128, "best": 128})
 """Effort -> a good number of samples to fit; a bias needs fewer than the weights of a layer."""
@@ -46,6 +47,7 @@ _PASSES: Mapping[str, tuple[str, _Pass]] = MappingProxyType(
         "correct_bias": ("biases corrected", correct_bias),
         "round_weights": ("weights rounded for their outputs", round_weights),
         "reconstruct_blocks": ("blocks reconstructed", reconstruct_blocks),
+        "tune_weights": ("weights fine-tuned", tune_weights),
     }
 )
 """Pass -> its step in the table, and the function."""
@@ -57,6 +59,7 @@ def recover_accuracy(
     judge: Judge,
     *,
     effort: str = "fast",
+    tunes: bool = True,
     refit: Iterable[Any] | None = None,
     outputs: Selection | None = None,
     mask: Mask | None = None,
@@ -72,7 +75,8 @@ def recover_accuracy(
         batches: Samples to fit, without those of the judge; see `correct_bias`. They must fit in memory together.
         judge: It has measured the model at least once, in the present state.
         effort: One of `EFFORTS`: "fast" corrects biases, "balanced" also rounds weights for their outputs, "best" also
-            reconstructs blocks.
+            reconstructs blocks and fine-tunes weights, which costs many minutes.
+        tunes: False leaves `tune_weights` out of "best": `finetune` will train the model anyway.
         refit: All samples. If they are given, the passes that were kept are fitted to them at the end, as more samples
             fit better.
         outputs: Parts of the outputs that the passes report, as for `predictor.predict`.
@@ -96,17 +100,18 @@ def recover_accuracy(
         )
     if not judge.steps:
         raise StateError("the judge has measured nothing yet.", "call judge.measure(name, model).")
+    names = [name for name in EFFORTS[effort] if tunes or name != "tune_weights"]
     batches = list_filled_batches(batches)  # once: each pass would read the samples again
     if refit is not None:
         refit = list(refit)
     recovery = Recovery(None, "")
     if path is not None:  # the digest reads all weights and data, which only a file needs
         view = OutputView(outputs, mask).describe()
-        key = digest_recovery(model, judge, EFFORTS[effort], batches, refit, view)
+        key = digest_recovery(model, judge, names, batches, refit, view)
         recovery = Recovery(as_path(path, "path"), key)
         passes = _list_passes(batches, outputs=outputs, mask=mask)
         recovery.resume(model, judge, passes, refit)
-    for name in EFFORTS[effort]:
+    for name in names:
         if name in recovery.tried:
             continue
         reason = _try_pass(model, name, batches, judge, outputs=outputs, mask=mask)

@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatchcase
 from importlib import metadata
@@ -137,6 +137,8 @@ class Run:
         command: From `describe_command`.
         seconds: Stage -> how long it took.
         is_first: Whether this process writes the report: it is alone, or the first that torchrun started.
+        targets: The targets that each have a folder below this one; () if all files are in this one.
+        target: The target whose folder this is; "" if it is the folder of the run itself.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], seed: int) -> None:
@@ -147,9 +149,14 @@ class Run:
         self.environment = describe_environment()
         self.command = describe_command()
         self.seconds: dict[str, float] = {}
+        self.targets: tuple[str, ...] = ()
+        self.target = ""
+        self._parent: Run | None = None
+        self._is_continued = False
         self._stage = ""
         self._stage_began = time.perf_counter()
         self._lock: _Lock | None = None
+        self._log: logging.Handler | None = None
 
     @property
     def model_file(self) -> Path:
@@ -163,8 +170,8 @@ class Run:
 
     @property
     def statistics_file(self) -> Path:
-        """The statistics of calibration; `write_report` reads them."""
-        return self.folder / STATISTICS_FILE
+        """The statistics of calibration, one file for all targets; `write_report` reads them."""
+        return self._shared_folder / STATISTICS_FILE
 
     @property
     def references_file(self) -> Path:
@@ -178,8 +185,11 @@ class Run:
 
     @property
     def journal_file(self) -> Path:
-        """The measurements of the analysis; a run that was killed and started again reads them."""
-        return self.folder / JOURNAL_FILE
+        """The measurements of the analysis, one file for all targets: those with the same formats share them.
+
+        A run that was killed and started again reads them, too.
+        """
+        return self._shared_folder / JOURNAL_FILE
 
     @property
     def recovery_file(self) -> Path:
@@ -206,14 +216,41 @@ class Run:
         """The report as text."""
         return self.folder / TEXT_FILE
 
+    def start_target(self, target: str) -> Run:
+        """Open the folder of one of several targets: the next stages are for it.
+
+        It has the files of a run with this target alone, except the statistics and the measurements of the analysis,
+        which all targets share.
+
+        Args:
+            target: One of those that `start_run` got.
+
+        Returns:
+            The run of this target; the run itself if it has one target.
+
+        Raises:
+            ArgumentError: The folder cannot be used.
+        """
+        if not self.targets:
+            return self
+        run = Run(self.folder / target, self.settings, self.seed)
+        run.environment = self.environment
+        run.is_first = self.is_first
+        run.target = target
+        run._parent = self
+        self.stage(target)
+        run._open()
+        return run
+
     def stage(self, name: str) -> None:
         """Begin the next stage. Its time runs until the next call or `finish`."""
         self._end_stage()
         self._stage = name
         self._stage_began = time.perf_counter()
-        logger.info("stage %s", name)
+        title = f"{self.target}: {name}" if self.target else name
+        logger.info("stage %s", title)
         if self.is_first:
-            print(f"== {name}", flush=True)
+            print(f"== {title}", flush=True)
         self._save("running")
 
     def finish(self) -> None:
@@ -221,21 +258,54 @@ class Run:
         self._end_stage()
         self._stage = ""
         self._save("finished")
-        self.recovery_file.unlink(missing_ok=True)
+        if self._parent is None:  # until then a run that is killed continues each of its targets
+            self.recovery_file.unlink(missing_ok=True)
+            for target in self.targets:
+                (self.folder / target / RECOVERY_FILE).unlink(missing_ok=True)
+        if self._log is not None:
+            _close_log(self._log)
         if self._lock is not None:
             self._lock.release()
 
     def is_begun(self) -> bool:
         """Whether the folder holds an unfinished run with the same settings, seed and environment."""
         earlier = _read_state(self.folder)
-        is_running = earlier.get("status") == "running"
-        return is_running and earlier | self._describe() == earlier
+        is_unfinished = earlier.get("status") == "running"
+        if self._parent is not None:  # a target may be finished before its run is
+            is_unfinished = self._parent._is_continued
+        return is_unfinished and earlier | self._describe() == earlier
+
+    @property
+    def _shared_folder(self) -> Path:
+        """The folder of what all targets share."""
+        return self.folder if self._parent is None else self._parent.folder
+
+    def _open(self) -> None:
+        """Lock the folder, remove the files of an earlier run from it, and write the log into it.
+
+        Raises:
+            ArgumentError: The folder cannot be used.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self.folder / LOG_FILE)
+            self._log = _log_to(self.folder / LOG_FILE)
+            self._is_continued = self.is_begun()
+            # Before any file is removed: if the process is killed, the folder is still known as a run folder.
+            self._save("running")
+            _empty(self.folder, _find_inputs(self.folder, self.settings), self._is_continued)
+        except OSError as error:
+            raise _refuse_folder(self.folder, error) from error
 
     def _describe(self) -> dict[str, Any]:
         """The facts that tell runs apart."""
         facts: dict[str, Any] = to_jsonable(
             {"seed": self.seed, "settings": self.settings, "environment": self.environment}
         )
+        if self.targets:
+            facts["targets"] = list(self.targets)
+        if self.target:
+            facts["target"] = self.target
         return facts
 
     def _end_stage(self) -> None:
@@ -261,6 +331,7 @@ def start_run(
     seed: int = 0,
     settings: dict[str, Any] | None = None,
     device: str | None = None,
+    targets: Sequence[str] = (),
 ) -> Run:
     """Open a run folder, set the seeds and write the log of qdq to `run.log` in it.
 
@@ -280,6 +351,8 @@ def start_run(
         settings: The settings of the run, for the report.
         device: The device that the model runs on, in words (`describe_device`). It is printed, and it is part of the
             environment: on another device, an interrupted run starts again.
+        targets: Names of the targets. If there are two or more, each has a folder of its own below this one
+            (`Run.start_target`).
 
     Raises:
         ArgumentError: As for `check_run_folder`; a seed below 0 or above 2^32 - 1.
@@ -290,33 +363,34 @@ def start_run(
     rank, _ = find_announced()
     if rank > 0:
         return _start_silent_run(settings or {}, seed)
-    check_run_folder(folder, settings)
+    check_run_folder(folder, settings, targets)
 
     run = Run(folder, settings or {}, seed)
     if device is not None:
         run.environment["device"] = device
         print(f"device: {device}", flush=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run._lock = _take_lock(folder / LOG_FILE)
-        _log_to(folder / LOG_FILE)
-        is_begun = run.is_begun()
-        # Before any file is removed: if the process is killed, the folder is still known as a run folder.
-        run._save("running")
-        _empty(folder, _find_inputs(folder, run.settings), is_begun)
-    except OSError as error:
-        raise _refuse_folder(folder, error) from error
-
+    run.targets = _list_folders_of(targets)
+    _release_locks()
+    _close_logs()
+    run._open()
     set_seed(seed)
     return run
 
 
-def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None) -> None:
+def _list_folders_of(targets: Sequence[str]) -> tuple[str, ...]:
+    """The folders of targets below that of the run; one target alone has none."""
+    return tuple(targets) if len(targets) > 1 else ()
+
+
+def check_run_folder(
+    folder: Path | str, settings: dict[str, Any] | None = None, targets: Sequence[str] = ()
+) -> None:
     """Refuse a folder in which no run can start, before any work is done for it. Nothing is changed.
 
     Args:
         folder: As for `start_run`.
         settings: As for `start_run`; settings that are paths, and `weights`, are checked as well.
+        targets: As for `start_run`; their folders are checked as well.
 
     Raises:
         DataError: A setting names a device, a FIFO or a broken link.
@@ -348,6 +422,8 @@ def check_run_folder(folder: Path | str, settings: dict[str, Any] | None = None)
                 "or it is not a folder, but a run needs one.",
                 "move it away, or choose another folder.",
             )
+    for target in _list_folders_of(targets):
+        check_run_folder(folder / target)
 
 
 def _require_writable(folder: Path) -> None:
@@ -387,10 +463,39 @@ def list_run_files(run: Path) -> list[Path]:
         for path in _list_folder(folder):
             if _is_run_file(path.name) and path.name != PAGE_FILE:
                 files.append(path)
+        for target_folder in _list_target_folders(folder):
+            files += list_run_files(target_folder)
 
         return files + _list_tuning(folder / TUNING_FOLDER)
     except OSError:
         return [run]
+
+
+def list_targets(run: Path) -> tuple[str, ...]:
+    """The targets that each have a folder below that of a run; () if the run has its files in its own folder.
+
+    Args:
+        run: A run folder, or another path.
+    """
+    targets = _read_state(run).get("targets")
+    return tuple(map(str, targets)) if isinstance(targets, list) else ()
+
+
+def require_one_target(run: Path) -> None:
+    """Refuse a run of several targets where the files of one are read.
+
+    Args:
+        run: A run folder, or another path.
+
+    Raises:
+        ArgumentError: It has the folders of several targets.
+    """
+    targets = list_targets(run)
+    if targets:
+        raise ArgumentError(
+            f"{printable(run)} is a run for several targets: {printable(', '.join(targets))}.",
+            f"give the folder of one of them, such as {printable(run / targets[0])}.",
+        )
 
 
 def guard_command(
@@ -471,6 +576,16 @@ def _list_tuning(folder: Path) -> list[Path]:
         files += folder.glob(glob)
 
     return files
+
+
+def _list_target_folders(folder: Path) -> list[Path]:
+    """The folders of targets below that of a run, also of an earlier run with other targets."""
+    folders = []
+    for path in _list_folder(folder):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_folder and _read_state(path).get("target") == path.name:
+            folders.append(path)
+    return folders
 
 
 def _is_run_file(name: str) -> bool:
@@ -595,6 +710,22 @@ def _empty(folder: Path, inputs: list[Path], is_begun: bool) -> None:
 
     if not is_begun:
         _empty_tuning(folder / TUNING_FOLDER, inputs)
+        for target_folder in _list_target_folders(folder):
+            _empty_target(target_folder, inputs)
+
+
+def _empty_target(folder: Path, inputs: list[Path]) -> None:
+    """Remove the files of an earlier run from the folder of a target, and the folder if nothing else is in it.
+
+    Args:
+        folder: The folder of the target.
+        inputs: Files that the run reads; copies of them are kept.
+    """
+    _empty(folder, inputs, is_begun=False)
+    (folder / LOG_FILE).unlink(missing_ok=True)
+    if [path.name for path in _list_folder(folder)] == [STATE_FILE]:  # else it marks what is left
+        (folder / STATE_FILE).unlink()
+        folder.rmdir()
 
 
 def _empty_tuning(folder: Path, inputs: list[Path]) -> None:
@@ -652,18 +783,26 @@ def _refuse_folder(folder: Path, error: OSError | ValueError) -> ArgumentError:
     )
 
 
-def _log_to(path: Path) -> None:
-    """Send the log of qdq to a file, and no longer to the file of an earlier run."""
+def _log_to(path: Path) -> logging.Handler:
+    """Send the log of qdq to a file, too."""
     root = logging.getLogger("qdq")
-    for handler in root.handlers[:]:
-        if isinstance(handler, logging.FileHandler):
-            root.removeHandler(handler)
-            handler.close()
-
     file = logging.FileHandler(path, mode="w", encoding="utf-8")
     file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(file)
     root.setLevel(logging.INFO)
+    return file
+
+
+def _close_logs() -> None:
+    """Send the log of qdq no longer to the files of an earlier run."""
+    for handler in logging.getLogger("qdq").handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            _close_log(handler)
+
+
+def _close_log(handler: logging.Handler) -> None:
+    logging.getLogger("qdq").removeHandler(handler)
+    handler.close()
 
 
 class _Lock:
@@ -707,24 +846,30 @@ class _Lock:
             self._descriptor = None
 
 
-_process_lock: _Lock | None = None  # this process has one run at a time
+_process_locks: list[
+    _Lock
+] = []  # this process has one run at a time: of its folder, and of those of its targets
+
+
+def _release_locks() -> None:
+    """Give up the locks of an earlier run of this process."""
+    for lock in _process_locks:
+        lock.release()
+    _process_locks.clear()
 
 
 def _take_lock(path: Path) -> _Lock:
-    """Lock the log file of a run, and give up the lock of an earlier run of this process."""
-    global _process_lock
-    if _process_lock is not None:
-        _process_lock.release()
-
-    _process_lock = _Lock(path)
-    return _process_lock
+    """Lock the log file of a run."""
+    lock = _Lock(path)
+    _process_locks.append(lock)
+    return lock
 
 
 def _is_locked(path: Path) -> bool:
     """Whether another process has locked a log file; this process may start a second run in its own folder."""
     if not path.is_file():
         return False
-    if _process_lock is not None and _process_lock.is_of(path):
+    if any(lock.is_of(path) for lock in _process_locks):
         return False
     try:
         with path.open("rb") as file:

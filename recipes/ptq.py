@@ -3,8 +3,11 @@
 python recipes/ptq.py
 python recipes/ptq.py --model resnet50 --weights my.pth --data /data/imagenet --exclude fc
 python recipes/ptq.py --model net.py:build --data net.py:batches --metric net.py:score
+python recipes/ptq.py --formats int8,fp8 --target l4 orin
 """
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +15,8 @@ import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_formats, check_layers, choose_target_sm
+from qdq.cli.refusals import check_layers
+from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
 
@@ -33,7 +37,7 @@ def ptq(
     analysis: AnalysisOptions = AnalysisOptions(),
     accuracy: Literal["fast", "balanced", "best"] = "fast",
     formats: str = "int8",
-    target: str | None = None,
+    target: tuple[str, ...] = (),
     precision: Literal["auto", "fp32", "fp16"] = "auto",
     batch_size: PositiveInt = 16,
     image_size: PositiveInt | None = None,
@@ -65,13 +69,14 @@ def ptq(
         analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
         accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
-            also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
-            calibration samples is undone.
+            also rounds weights for their outputs (minutes), best also reconstructs blocks and fine-tunes weights
+            without labels (many minutes). What does not help on held-out calibration samples is undone.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
             error.
         target: The GPU that formats are chosen for and that the engine is built for: t4, a10, orin, l4, rtx40, h100,
-            thor, rtx50 or another that --gpu takes. By default that of --sm.
+            thor, rtx50 or another that --gpu takes. By default that of --sm. Of several, each gets a folder in the run
+            folder, from one calibration.
         precision: Type of the float layers in the exported file; auto is fp16 for fp8 and fp32 for int8.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
@@ -84,16 +89,19 @@ def ptq(
     settings = dict(locals())
 
     # Invalid options are refused here, before any work.
-    qdq.check_run_folder(output, settings)
+    qdq.check_run_folder(output, settings, target)
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
-    target_sm = choose_target_sm(target, sm)
-    gpu_sm = qdq.find_sm(run_device) if target_sm is None else target_sm
-    backend = qdq.find_backend("auto", sm, gpu_sm=gpu_sm)
-    if target_sm is None:
-        target_sm = backend.sm
-    check_formats(format_names, target_sm, calib_method)
     analysis_options = analysis.as_arguments()
+    targets = choose_targets(
+        target,
+        sm=sm,
+        device=run_device,
+        formats=format_names,
+        method=calib_method,
+        gpu=analysis.gpu,
+        has_profile=analysis.profile is not None,
+    )
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
@@ -121,11 +129,15 @@ def ptq(
         groups=analysis_options["groups"],
         profile=analysis_options["profile"],
         formats=format_names,
-        sm=target_sm,
+        sm=min(current.sm for current in targets),
     )
     analysis.check_labels(calibration.labels)
     run = qdq.start_run(
-        output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
+        output,
+        seed=seed,
+        settings=settings,
+        device=qdq.describe_device(run_device),
+        targets=target,
     )
 
     run.stage("float")
@@ -149,98 +161,114 @@ def ptq(
     scores[start] = workload.measure(net)
     judge.measure(f"calibrated, {start}", net)
 
-    if len(format_names) > 1:
-        run.stage("choose formats")
-        choice = qdq.choose_formats(
+    calibrated = net
+    choices: list[qdq.FormatChoice] = []
+    reports = []
+    for current in targets:
+        target_run = run.start_target(current.name)
+        # Every target starts from the calibrated model; the last one may change it.
+        net = calibrated if current is targets[-1] else copy.deepcopy(calibrated)
+        target_outputs, target_scores = dict(outputs), dict(scores)
+        target_judge = judge.copy()
+
+        choice = None
+        if len(format_names) > 1:
+            target_run.stage("choose formats")
+            choice = qdq.choose_formats(
+                net,
+                fitted.subset(analysis_images),
+                qdq.Statistics.load(target_run.statistics_file),
+                sm=current.sm,
+                method="mse" if calib_method == "best" else calib_method,
+                pinned=None if pinned is None else pinned.precisions,
+                earlier=choices,
+                **view,
+            )
+            choices.append(choice)
+            target_judge.measure(f"formats for SM {current.sm}", net)
+
+        target_run.stage("analyze")
+        analysis_result = qdq.analyze_layers(
             net,
             fitted.subset(analysis_images),
-            qdq.Statistics.load(run.statistics_file),
-            sm=target_sm,
-            method="mse" if calib_method == "best" else calib_method,
-            pinned=None if pinned is None else pinned.precisions,
+            pinned=pinned,
+            path=target_run.journal_file,
+            **view,
+            weights=workload.output_weights,
+            **analysis_options,
+        )
+        qdq.save_plan(analysis_result.plan, target_run.plan_file)
+        target_judge.measure(f"float layers: {len(analysis_result.float_layers)}", net)
+
+        target_run.stage("recover accuracy")
+        num_fitted = qdq.FITTED_SAMPLES[accuracy]
+        steps = qdq.recover_accuracy(
+            net,
+            fitted.subset(num_fitted).by_source(),
+            target_judge,
+            effort=accuracy,
+            refit=calibration.subset(num_fitted).by_source(),
+            path=target_run.recovery_file,
             **view,
         )
-        print(choice.format_table())
-        judge.measure(f"formats for SM {target_sm}", net)
+        target_outputs["mixed"] = qdq.predict(net, samples, **view)
+        target_scores["mixed"] = workload.measure(net)
 
-    run.stage("analyze")
-    analysis_result = qdq.analyze_layers(
-        net,
-        fitted.subset(analysis_images),
-        pinned=pinned,
-        path=run.journal_file,
-        **view,
-        weights=workload.output_weights,
-        **analysis_options,
-    )
-    qdq.save_plan(analysis_result.plan, run.plan_file)
-    judge.measure(f"float layers: {len(analysis_result.float_layers)}", net)
+        target_run.stage("export and check")
+        exported = qdq.export_onnx(
+            net,
+            workload.example,
+            target_run.model_file,
+            precision=precision,
+            calibration=ranges,
+            plan=swap_plan,
+            rewired=rewired,
+        )
+        target_outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
+        target_scores["ONNX"] = workload.measure(exported.path)
+        default_outputs = qdq.predict(exported.path, samples, session="default", **view)
+        tie_floor_db = qdq.measure_tie_floor(
+            net, samples, expected=target_outputs["mixed"], precision=exported.remainder, **view
+        )
+        check = qdq.check_onnx(
+            exported.path,
+            expected=target_outputs["mixed"],
+            found=target_outputs["ONNX"],
+            found_default=default_outputs,
+            tie_floor_db=tie_floor_db,
+            gpu=current.gpu,
+        )
+        qdq.save_references(net, calibration, target_run.references_file, exported.path)
+        qdq.save_tuned(net, target_run.quantized_file)
 
-    run.stage("recover accuracy")
-    num_fitted = qdq.FITTED_SAMPLES[accuracy]
-    steps = qdq.recover_accuracy(
-        net,
-        fitted.subset(num_fitted),
-        judge,
-        effort=accuracy,
-        refit=calibration.subset(num_fitted),
-        path=run.recovery_file,
-        **view,
-    )
-    outputs["mixed"] = qdq.predict(net, samples, **view)
-    scores["mixed"] = workload.measure(net)
+        target_run.stage("build")
+        build = qdq.build_engine(exported.path, backend=current.backend.name, sm=current.backend.sm)
+        evaluation = qdq.evaluate_outputs(
+            target_outputs,
+            samples.labels,
+            files={"float": net, "ONNX": exported.path},
+            scores=target_scores,
+            num_samples=samples.num_samples,
+        )
 
-    run.stage("export and check")
-    exported = qdq.export_onnx(
-        net,
-        workload.example,
-        run.model_file,
-        precision=precision,
-        calibration=ranges,
-        plan=swap_plan,
-        rewired=rewired,
-    )
-    outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
-    scores["ONNX"] = workload.measure(exported.path)
-    default_outputs = qdq.predict(exported.path, samples, session="default", **view)
-    tie_floor_db = qdq.measure_tie_floor(
-        net, samples, expected=outputs["mixed"], precision=exported.remainder, **view
-    )
-    check = qdq.check_onnx(
-        exported.path,
-        expected=outputs["mixed"],
-        found=outputs["ONNX"],
-        found_default=default_outputs,
-        tie_floor_db=tie_floor_db,
-        gpu=analysis_options["gpu"],
-    )
-    qdq.save_references(net, calibration, run.references_file, exported.path)
-    qdq.save_tuned(net, run.quantized_file)
-
-    run.stage("build")
-    build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
-    evaluation = qdq.evaluate_outputs(
-        outputs,
-        samples.labels,
-        files={"float": net, "ONNX": exported.path},
-        scores=scores,
-        num_samples=samples.num_samples,
-    )
-
-    report = qdq.write_report(
-        run,
-        workload=workload,
-        folded=folded,
-        plan=swap_plan,
-        rewired=rewired,
-        ranges=ranges,
-        analysis=analysis_result,
-        exported=exported,
-        check=check,
-        build=build,
-        evaluation=evaluation,
-        steps=steps,
-    )
+        report = qdq.write_report(
+            target_run,
+            workload=replace(workload, module=net),
+            folded=folded,
+            plan=swap_plan,
+            rewired=rewired,
+            ranges=ranges,
+            analysis=analysis_result,
+            exported=exported,
+            check=check,
+            build=build,
+            evaluation=evaluation,
+            steps=steps,
+            formats=choice,
+        )
+        reports.append(report)
+    if run.targets:
+        return qdq.write_targets(run, reports).exit_code
     return report.exit_code
 
 

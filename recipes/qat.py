@@ -2,6 +2,7 @@
 
 python recipes/qat.py
 python recipes/qat.py --model net.py:build --data net.py:batches --metric net.py:score
+python recipes/qat.py --formats int8,fp8 --target l4
 torchrun --nproc-per-node 4 recipes/qat.py --model resnet50 --data /data/imagenet --loss both
 """
 
@@ -12,6 +13,7 @@ import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
 from qdq.cli.refusals import check_layers, check_tuning
+from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
 
@@ -30,6 +32,8 @@ def qat(
     eval_images: PositiveInt = 500,
     max_float_layers: NonNegativeInt = 0,
     accuracy: Literal["fast", "balanced", "best"] = "fast",
+    formats: str = "int8",
+    target: str | None = None,
     loss: Literal["distill", "labels", "both"] = "distill",
     ranges: Literal["frozen", "lsq", "pact", "ema"] = "frozen",
     layers: tuple[str, ...] | None = None,
@@ -68,7 +72,12 @@ def qat(
         max_float_layers: The analysis leaves at most this many layers in float.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
-            calibration samples is undone.
+            calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
+        formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
+            above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
+            error.
+        target: The GPU that formats are chosen for and that the engine is built for: t4, a10, orin, l4, rtx40, h100,
+            thor, rtx50 or another that qdq ptq --gpu takes. By default that of --sm.
         loss: distill: the float model is the teacher, no labels are needed. labels: cross entropy. both: both losses
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
@@ -81,7 +90,8 @@ def qat(
             detectors and segmentation.
         device: Where the model runs: cpu, cuda or cuda:N. By default a GPU if there is one, under torchrun that of
             the local rank.
-        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the device, on a CPU 89.
+        sm: Compute capability to build for: 75, 80, 86, 89, 120 or 121. By default that of the target or of the
+            device, on a CPU 89.
         seed: Seed of random weights, crops and the choice of samples.
     """
     settings = dict(locals())
@@ -89,7 +99,14 @@ def qat(
     # Invalid options are refused here, before any work.
     qdq.check_run_folder(output, settings)
     run_device = qdq.choose_device(device)
-    backend = qdq.find_backend("auto", sm, gpu_sm=qdq.find_sm(run_device))
+    format_names = qdq.parse_formats(formats)
+    (built_for,) = choose_targets(
+        () if target is None else (target,),
+        sm=sm,
+        device=run_device,
+        formats=format_names,
+        method=calib_method,
+    )
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
@@ -110,7 +127,14 @@ def qat(
     net = workload.module
     calibration, samples, view = workload.calibration, workload.evaluation, workload.view
     fitted, held_out = workload.hold_out()
-    check_layers(workload, exclude=exclude, plan=pinned, layers=layers)
+    check_layers(
+        workload,
+        exclude=exclude,
+        plan=pinned,
+        layers=layers,
+        formats=format_names,
+        sm=built_for.sm,
+    )
     uses_labels = loss in ("labels", "both")
     if uses_labels:
         training, validation = workload.load_training(), None
@@ -130,8 +154,8 @@ def qat(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude)
-    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude)
+    swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
+    rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 
     run.stage("calibrate")
     calibrated_ranges = qdq.calibrate_model(
@@ -139,7 +163,22 @@ def qat(
     )
     outputs["calibrated"] = qdq.predict(net, samples, **view)
     scores["calibrated"] = workload.measure(net)
-    judge.measure("calibrated, all int8", net)
+    start = "before the choice" if len(format_names) > 1 else f"all {format_names[0]}"
+    judge.measure(f"calibrated, {start}", net)
+
+    choice = None
+    if len(format_names) > 1:
+        run.stage("choose formats")
+        choice = qdq.choose_formats(
+            net,
+            fitted.subset(workload.num_held_out),
+            qdq.Statistics.load(run.statistics_file),
+            sm=built_for.sm,
+            method="mse" if calib_method == "best" else calib_method,
+            pinned=None if pinned is None else pinned.precisions,
+            **view,
+        )
+        judge.measure(f"formats for SM {built_for.sm}", net)
 
     run.stage("analyze")
     analysis = qdq.analyze_layers(
@@ -158,10 +197,11 @@ def qat(
     num_fitted = qdq.FITTED_SAMPLES[accuracy]
     steps = qdq.recover_accuracy(
         net,
-        fitted.subset(num_fitted),
+        fitted.subset(num_fitted).by_source(),
         judge,
         effort=accuracy,
-        refit=calibration.subset(num_fitted),
+        tunes=False,
+        refit=calibration.subset(num_fitted).by_source(),
         **view,
     )
     outputs["start"] = qdq.predict(net, samples, **view)
@@ -201,7 +241,9 @@ def qat(
     outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
     scores["ONNX"] = workload.measure(exported.path)
     default_outputs = qdq.predict(exported.path, samples, session="default", **view)
-    tie_floor_db = qdq.measure_tie_floor(net, samples, expected=outputs["fine-tuned"], **view)
+    tie_floor_db = qdq.measure_tie_floor(
+        net, samples, expected=outputs["fine-tuned"], precision=exported.remainder, **view
+    )
     check = qdq.check_onnx(
         exported.path,
         expected=outputs["fine-tuned"],
@@ -213,7 +255,7 @@ def qat(
     qdq.save_tuned(net, run.quantized_file)
 
     run.stage("build")
-    build = qdq.build_engine(exported.path, backend=backend.name, sm=backend.sm)
+    build = qdq.build_engine(exported.path, backend=built_for.backend.name, sm=built_for.backend.sm)
     evaluation = qdq.evaluate_outputs(
         outputs,
         samples.labels,
@@ -236,6 +278,7 @@ def qat(
         evaluation=evaluation,
         steps=steps,
         tuning=tuning,
+        formats=choice,
     )
     return report.exit_code
 

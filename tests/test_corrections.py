@@ -26,6 +26,7 @@ from qdq import (
     rewire_operations,
     round_weights,
     swap_modules,
+    tune_weights,
 )
 from qdq.accuracy import bias
 from qdq.corrections import list_passes
@@ -106,6 +107,44 @@ def test_every_order_of_the_passes_gives_the_same_model(swapped, data):
     alone = copy.deepcopy(model)
     steps["analyze"](alone)
     assert min(reached.values()) > sqnr_db(expected, predict(alone, [held])) + 0.5
+
+
+def test_fine_tuning_is_done_again_in_every_order(swapped, data):
+    model, expected = swapped
+    images, held = data
+    steps = list_steps(images)
+    steps["tune"] = lambda model: tune_weights(model, [images], steps=4, lr=1e-3)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    states = []
+    for order in itertools.permutations(("analyze", "correct", "tune")):
+        candidate = copy.deepcopy(model)
+        for name in order:
+            steps[name](candidate)
+        names = [entry.name for entry in list_passes(candidate)]
+        assert names == ["correct_bias", "tune_weights"]
+        states.append(candidate.state_dict())
+        with disable_quantization(candidate):
+            assert sqnr_db(expected, predict(candidate, [held])) == math.inf
+        restore_modules(candidate)
+        after = dict(candidate.named_parameters())
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    for state in states[1:]:
+        torch.testing.assert_close(dict(state), dict(states[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [["tune", "round", "correct"], ["correct", "tune", "round"]])
+def test_fine_tuning_comes_after_the_other_passes(order, swapped, data):
+    model = copy.deepcopy(swapped[0])
+    images = data[0]
+    steps = list_steps(images)
+    steps["tune"] = lambda model: tune_weights(model, [images], steps=4, lr=1e-3)
+    by_hand = copy.deepcopy(model)
+    for name in order:
+        steps[name](model)
+    for name in ("round", "correct", "tune"):
+        steps[name](by_hand)
+    torch.testing.assert_close(dict(model.state_dict()), dict(by_hand.state_dict()), rtol=0, atol=0)
 
 
 def test_a_layer_in_float_has_its_own_bias_again(swapped, data, tmp_path):

@@ -1,6 +1,8 @@
 """The choice between int8 and FP8, against a search by hand."""
 
+import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +122,18 @@ def test_the_choice_is_by_the_error_of_the_whole_model(seed, tmp_path):
         candidate = (*start[:index], other, *start[index + 1 :])
         start = max(start, candidate, key=expected.get)
     assert chosen == start
+
+
+def test_what_was_measured_for_another_gpu_is_not_measured_again(inputs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    t4 = choose(copy.deepcopy(model), inputs, statistics, sm=75)
+    l4 = choose(copy.deepcopy(model), inputs, statistics)
+    known = replace(l4, chosen_db=99.0)
+    rtx50 = choose(copy.deepcopy(model), inputs, statistics, sm=120, earlier=[t4, known])
+    assert rtx50 == replace(known, sm=120)
+    other = replace(known, choices=known.choices[:1])  # of other layers
+    assert choose(model, inputs, statistics, sm=120, earlier=[other]) == replace(l4, sm=120)
 
 
 def test_a_gpu_without_fp8_gets_int8_and_float_attention(tmp_path):

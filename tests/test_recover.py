@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import qdq
+from qdq import recover
 from qdq.corrections import list_passes
 from qdq.judge import Judge
 from qdq.recover import EFFORTS, FITTED_SAMPLES
@@ -144,16 +146,36 @@ def test_ctrl_c_in_the_last_fit_keeps_what_was_fitted(
         torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
 
 
-def test_best_tries_every_pass(net: nn.Module, samples: torch.Tensor) -> None:
+def test_best_tries_every_pass(
+    net: nn.Module, samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = ("weights fine-tuned", partial(qdq.tune_weights, steps=5, lr=1e-3))
+    monkeypatch.setattr(recover, "_PASSES", {**recover._PASSES, "tune_weights": tuning})
     judge = Judge(net, [samples[:32]])
     _calibrate(net, samples)
     judge.measure("calibrated", net)
     steps = qdq.recover_accuracy(net, [samples[32:]], judge, effort="best", refit=[samples])
 
-    assert steps.steps[-2].name == "blocks reconstructed"
-    assert len(steps.steps) == 4
+    assert [step.name for step in steps.steps[1:]] == [
+        "weights rounded for their outputs",
+        "blocks reconstructed",
+        "biases corrected",
+        "weights fine-tuned",
+    ]
     stay = [step.sqnr_db for step in steps.steps if not step.is_undone]
     assert stay == sorted(stay)
+
+
+def test_fine_tuning_is_left_to_finetune(
+    net: nn.Module, samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recover, "EFFORTS", {"best": ("correct_bias", "tune_weights")})
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    steps = qdq.recover_accuracy(net, [samples[32:]], judge, effort="best", tunes=False)
+
+    assert [step.name for step in steps.steps[1:]] == ["biases corrected"]
 
 
 def test_wrong_calls_say_what_to_do(net: nn.Module, samples: torch.Tensor) -> None:

@@ -18,6 +18,8 @@ from qdq.run import (
     describe_environment,
     find_announced,
     list_run_files,
+    list_targets,
+    require_one_target,
 )
 
 
@@ -371,3 +373,111 @@ def test_ranks_that_nobody_announces_are_none(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         assert find_announced() == (0, 1)
+
+
+SEVERAL = {"seed": 3, "settings": {"model": "x"}, "targets": ("l4", "orin")}
+
+
+def list_files(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_of_several_targets_has_its_folder(tmp_path):
+    run = start_run(tmp_path, **SEVERAL)
+    assert list_targets(tmp_path) == run.targets == ("l4", "orin")
+    target = run.start_target("l4")
+    assert target.model_file == tmp_path / "l4" / "model.onnx"
+    assert target.statistics_file == run.statistics_file == tmp_path / "calibration.safetensors"
+    assert target.journal_file == run.journal_file == tmp_path / "analysis.jsonl"
+    assert json.loads((tmp_path / "run.json").read_text())["stage"] == "l4"
+    target.stage("build")
+    state = json.loads((tmp_path / "l4" / "run.json").read_text())
+    assert (state["target"], state["stage"], state["seed"]) == ("l4", "build", 3)
+    logging.getLogger("qdq.somewhere").warning("of l4")
+    target.finish()
+    run.start_target("orin").finish()
+    logging.getLogger("qdq.somewhere").warning("of both")
+    logs = [(tmp_path / name / "run.log").read_text() for name in ("", "l4", "orin")]
+    assert ["of l4" in text for text in logs] == [True, True, False]
+    assert ["of both" in text for text in logs] == [True, False, False]
+    with pytest.raises(ArgumentError, match="for several targets: l4, orin") as refusal:
+        require_one_target(tmp_path)
+    assert str(tmp_path / "l4") in refusal.value.fix
+    require_one_target(tmp_path / "l4")
+    expected = list_files(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in list_run_files(tmp_path)} == expected
+    run.finish()
+
+
+@pytest.mark.parametrize("targets", [(), ("l4",)])
+def test_one_target_has_no_folder_of_its_own(tmp_path, targets):
+    run = start_run(tmp_path, targets=targets)
+    assert run.start_target("l4") is run
+    assert list_files(tmp_path) == {"run.json", "run.log"}
+    assert list_targets(tmp_path) == ()
+    require_one_target(tmp_path)
+    run.finish()
+
+
+@pytest.mark.parametrize(("seed", "is_kept"), [(3, True), (4, False)])
+def test_a_run_that_continues_continues_each_target(tmp_path, seed, is_kept):
+    """Also a target that is finished: until the run is, its state of the accuracy passes is kept."""
+    run = start_run(tmp_path, **SEVERAL)
+    for target in SEVERAL["targets"]:
+        part = run.start_target(target)
+        for name in ("recovery.safetensors", "model.onnx"):
+            write_atomic(part.folder / name, "stale")
+        part.finish()
+    again = start_run(tmp_path, **(SEVERAL | {"seed": seed}))
+    remaining = again.start_target("l4")
+    files = {"run.json", "run.log"} | ({"recovery.safetensors"} if is_kept else set())
+    assert list_files(remaining.folder) == files
+    remaining.finish()
+    again.start_target("orin").finish()
+    again.finish()
+    assert not list(tmp_path.glob("*/recovery.safetensors"))
+
+
+def test_targets_of_an_earlier_run_are_removed_and_nothing_else(tmp_path):
+    run = start_run(tmp_path, **SEVERAL)
+    for target in SEVERAL["targets"]:
+        part = run.start_target(target)
+        write_atomic(part.folder / "model.onnx", "stale")
+        part.finish()
+    run.finish()
+    write_atomic(tmp_path / "orin" / "notes.txt", "of the user")
+    start_run(tmp_path / "mine").finish()
+    write_atomic(tmp_path / "mine" / "model.onnx", "of another run")
+    start_run(tmp_path, targets=("t4",)).finish()
+    own = {"mine/run.json", "mine/run.log", "mine/model.onnx", "run.json", "run.log"}
+    # What is left of orin is still known as a folder of a run, which may use it again.
+    assert list_files(tmp_path) == {"orin/notes.txt", "orin/run.json", *own}
+    check_run_folder(tmp_path, targets=("l4", "orin"))
+
+
+def test_a_folder_of_a_target_that_no_run_can_use_is_refused(tmp_path):
+    write_atomic(tmp_path / "run" / "orin" / "notes.txt", "of the user")
+    start_run(tmp_path / "empty").finish()
+    (tmp_path / "empty" / "orin").write_text("a file")
+    (tmp_path / "run" / "run.json").write_text((tmp_path / "empty" / "run.json").read_text())
+    for folder, message in (("run", "orin holds files"), ("empty", "cannot use .*orin")):
+        check_run_folder(tmp_path / folder, targets=("orin",))
+        with pytest.raises(ArgumentError, match=message):
+            start_run(tmp_path / folder, targets=("l4", "orin"))
+
+
+HOLD_TARGET = HOLD.replace(
+    "start_run(sys.argv[1])", "start_run(sys.argv[1], targets=('l4', 'orin')).start_target('orin')"
+)
+
+
+def test_the_folder_of_a_target_is_in_use_while_it_is_written(tmp_path, processes):
+    process = processes.start("-c", HOLD_TARGET, tmp_path, stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert lines == ["== orin\n", "started\n"]
+    for folder in (tmp_path, tmp_path / "orin"):
+        with pytest.raises(ArgumentError, match="another run is writing to"):
+            start_run(folder)
+    process.kill()
+    process.communicate()
+    start_run(tmp_path / "orin").finish()

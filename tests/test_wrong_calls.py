@@ -71,6 +71,7 @@ def calls_of(tmp_path, x):
         "correct_bias": lambda model: qdq.correct_bias(model, [x]),
         "round_weights": lambda model: qdq.round_weights(model, [x]),
         "reconstruct_blocks": lambda model: qdq.reconstruct_blocks(model, [x]),
+        "tune_weights": lambda model: qdq.tune_weights(model, [x]),
         "equalize_layers": lambda model: qdq.equalize_layers(model, [x]),
         "smooth_inputs": lambda model: qdq.smooth_inputs(model, [x]),
         "measure_tie_floor": lambda model: qdq.measure_tie_floor(model, [x]),
@@ -140,6 +141,7 @@ def test_what_yields_no_batches(batches, quantized):
         qdq.correct_bias,
         qdq.round_weights,
         qdq.reconstruct_blocks,
+        qdq.tune_weights,
         qdq.measure_tie_floor,
         predict,
     ]

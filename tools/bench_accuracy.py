@@ -79,6 +79,11 @@ def bench_accuracy(
         copy.deepcopy(calibrated),
         lambda model: qdq.reconstruct_blocks(model, few),
     )
+    measure(
+        "+ fine-tuning",
+        copy.deepcopy(calibrated),
+        lambda model: qdq.tune_weights(model, few),
+    )
     print(qdq.equalize_layers(net.module, few).format_table())
     measure("+ equalization", net.module, lambda model: _calibrate(model, calib, calib_method))
     measure("bias, AdaRound, equalization", net.module, correct)

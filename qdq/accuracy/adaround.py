@@ -4,11 +4,11 @@ Nagel, Amjad, van Baalen, Louizos, Blankevoort: Up or Down? Adaptive Rounding fo
 (arXiv 2004.10568), layer by layer. The target is the output of the float model, and the input comes from the quantized
 layers before. With W the weights, x the quantized input of a patch and r = y - W x the residual on this input:
 
-1. The target weights are W + m, with the least squares m = argmin E (r - m x)^2 + p sum G_kk m_k^2, G = E[x x']. So a
-   layer makes up for the noise in its input. The penalty p is the one with the least error on samples that m was not
-   fitted to (cross-validation over three parts of the samples); m is 0 if none helps, and for filters of many weights.
-   Residuals that follow the few images of a calibration would be fitted otherwise: without this step EfficientNet-Lite0
-   had 34 dB on 64 crops of six photographs and 23.8 dB on two others, with it 26.0 and 25.1 dB.
+1. The target weights are W + m, with the least squares m = argmin E (r - m x)^2 + p g |m|^2, G = E[x x'] and g the
+   mean of its diagonal. So a layer makes up for the noise in its input, and the weight of an input that hardly varies
+   stays. The penalty p is the one with the least error on the last quarter of the samples; m is 0 if none helps, and
+   for filters of many weights. No move of any layer is fitted to that quarter: else the noise of the layers before
+   would be smaller there than on new samples, and each layer would follow residuals of the few images of a calibration.
 2. With d the error of the codes of a filter against W + m, in steps of its scale s, the loss L(d) = s^2 d G d' needs no
    data. The search is the one of the paper: rectified sigmoids, pushed to 0 or 1 by a regularizer with an annealed
    exponent. Then single codes are flipped as long as that lowers L.
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qdq.accuracy.layerwise import (
+    HELD_OUT,
     LayerPlan,
     Product,
     Sample,
@@ -62,7 +63,6 @@ _WARM_UP = 0.2  # fraction of the steps without regularizer
 _BETA = (20.0, 2.0)
 _FIXED = 1e-3  # a weight this close to a code keeps it, in steps of the scale
 _TOLERANCE = 1e-6  # smallest gain of a flip, relative to the mean energy of the input
-_PARTS = 3  # of the samples, for cross-validation
 _PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 _MOST_WEIGHTS = 256  # of a filter whose weights are moved; more would follow the few samples
 _TINY = torch.finfo(torch.float32).tiny
@@ -148,7 +148,9 @@ def round_weights(
     Args:
         model: A calibrated model.
         batches: As for `calibrate_model`; they must fit in memory together. Use 64 images or more: the last layer of a
-            classifier has one position per image, and a few positions do not determine many weights.
+            classifier has one position per image, and a few positions do not determine many weights. The last quarter
+            judges how much noise the weights may make up for. So samples of one origin (cuts of one photograph) must
+            follow each other, and should not be in that quarter and before it.
         steps: Steps of the search in each layer.
         seed: Seed of the random positions.
         reference: The float model. None: the model itself with its quantizers off and its float weights.
@@ -362,11 +364,15 @@ class _Problem:
         self.scale = quantizer.scale.reshape(-1, 1).expand(len(weight), 1).reshape(groups, -1, 1)
         self._weight = weight.float().reshape(groups, -1, size)
 
-        fit = _LeastSquares(x, residual, live, sample.importance)
+        # Several filters of a group share their covariance, so only the importance of the rows counts for them.
+        counted = live
+        if live.shape[1] > 1:
+            counted = (sample.importance / sample.importance.sum()).expand_as(live[:, :1])
+        fit = _LeastSquares(x, residual, counted)
         move = torch.zeros_like(self._weight)
         if size <= _MOST_WEIGHTS:
-            order = sample.positions.argsort().argsort()  # of one part are neighbouring samples
-            move = fit.cross_validate(order * _PARTS // count)
+            rank = sample.positions.argsort().argsort()  # positions of one sample are neighbours
+            move = fit.choose_move(rank * HELD_OUT >= count * (HELD_OUT - 1))
         self._residual_error = fit.error(move)
 
         # A few samples do not determine many weights: then the elements off the diagonal count less. Pixels of an image
@@ -446,23 +452,21 @@ class _LeastSquares:
     Args:
         x: Quantized inputs of the patches, `[groups, N, K]`.
         residual: What the float weights leave, `[groups, filters of a group, N]`.
-        live: Weight of each row for each filter, of the same shape.
-        importance: Weight of each row, `[N]`.
+        counted: Weight of each row, `[groups, 1, N]`.
 
     Attributes:
         covariance: Of the inputs, `[groups, K, K]`.
     """
 
-    def __init__(
-        self, x: torch.Tensor, residual: torch.Tensor, live: torch.Tensor, importance: torch.Tensor
-    ) -> None:
-        self._rows = (x, residual, live, importance)
-        live = live / live.sum(-1, keepdim=True).clamp_min(_TINY)
-        mean_x = live @ x
-        mean_residual = (live * residual).sum(-1)
-        self.covariance = _covariance(x, live, importance)
-        self._cross = (live * residual) @ x - mean_residual[..., None] * mean_x
-        self._variance = (live * residual.square()).sum(-1) - mean_residual.square()
+    def __init__(self, x: torch.Tensor, residual: torch.Tensor, counted: torch.Tensor) -> None:
+        self._rows = (x, residual, counted)
+        weight = counted / counted.sum(-1, keepdim=True).clamp_min(_TINY)
+        root = weight.sqrt()
+        centered_x = (x - weight @ x) * root.transpose(1, 2)
+        centered_residual = (residual - (weight * residual).sum(-1, keepdim=True)) * root
+        self.covariance = centered_x.transpose(1, 2) @ centered_x
+        self._cross = centered_residual @ centered_x
+        self._variance = centered_residual.square().sum(-1)
 
     def error(self, move: torch.Tensor) -> torch.Tensor:
         """Mean squared residual of each filter with its best bias, `[groups, filters of a group]`.
@@ -476,34 +480,32 @@ class _LeastSquares:
         """The best move for each penalty.
 
         Args:
-            penalties: Relative to the variance of each input.
+            penalties: Relative to the mean variance of the inputs, so that the weight of an input that hardly varies
+                stays where it is.
         """
-        deviation = self.covariance.diagonal(dim1=1, dim2=2).clamp_min(_TINY).sqrt()[:, None]
-        correlation = self.covariance / deviation / deviation.transpose(1, 2)
-        values, vectors = torch.linalg.eigh(correlation.double())
-        rotated = (self._cross / deviation).double() @ vectors
+        variance = self.covariance.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(_TINY)
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        rotated = self._cross.double() @ vectors
         moves = []
         for penalty in penalties:
-            shrunk = rotated / (values.clamp_min(0)[:, None] + penalty)
-            moves.append((shrunk @ vectors.transpose(1, 2)).float() / deviation)
+            added = penalty * variance[:, None, None]
+            shrunk = rotated / (values.clamp_min(0)[:, None] + added)
+            moves.append((shrunk @ vectors.transpose(1, 2)).float())
         return moves
 
-    def cross_validate(self, part: torch.Tensor) -> torch.Tensor:
-        """The move with the penalty that has the least error on parts of the rows that it was not fitted to.
+    def choose_move(self, is_held: torch.Tensor) -> torch.Tensor:
+        """The move with the penalty that has the least error on rows that it was not fitted to.
 
         Args:
-            part: For each row the number of its part, `[N]`.
+            is_held: The rows that judge, bool `[N]`.
 
         Returns:
-            The move; 0 if no penalty lowers the error.
+            The move, fitted to the other rows; 0 if no penalty lowers the error.
         """
-        errors = torch.zeros(1 + len(_PENALTIES), device=part.device)
-        for number in range(_PARTS):
-            fitted, judged = self._select(part != number), self._select(part == number)
-            moves = fitted.solve(_PENALTIES)
-            candidates = [torch.zeros_like(moves[0]), *moves]
-            errors += torch.stack([judged.error(move).sum() for move in candidates])
-        candidates = [torch.zeros_like(self._cross), *self.solve(_PENALTIES)]
+        fitted, judged = self._select(~is_held), self._select(is_held)
+        moves = fitted.solve(_PENALTIES)
+        candidates = [torch.zeros_like(moves[0]), *moves]
+        errors = torch.stack([judged.error(move).sum() for move in candidates])
         # Not indexed by a number: on a GPU that would wait.
         return torch.stack(candidates).index_select(0, errors.argmin()[None])[0]
 
@@ -513,9 +515,8 @@ class _LeastSquares:
         Args:
             is_selected: bool, `[N]`.
         """
-        x, residual, live, importance = self._rows
-        selected = is_selected.to(live.dtype)
-        return _LeastSquares(x, residual, live * selected, importance * selected)
+        x, residual, counted = self._rows
+        return _LeastSquares(x, residual, counted * is_selected)
 
 
 def _anneal(step: int, steps: int) -> float:
@@ -528,16 +529,3 @@ def _anneal(step: int, steps: int) -> float:
 def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:
     """`[N, Cout]` as `[groups, filters of a group, N]`."""
     return rows.t().reshape(groups, -1, len(rows))
-
-
-def _covariance(x: torch.Tensor, live: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Covariance of the patches of each group, `[groups, K, K]`.
-
-    If a group is one filter, its weights count. Several filters may need different weights, so only the importance of
-    the positions counts then.
-    """
-    weight = live
-    if live.shape[1] > 1:
-        weight = (importance / importance.sum()).expand_as(live[:, :1])
-    centered = (x - weight @ x) * weight.sqrt().transpose(1, 2)
-    return centered.transpose(1, 2) @ centered

@@ -38,7 +38,15 @@ from qdq.accuracy.layerwise import (
     visit_products,
 )
 from qdq.batch import join_batches
-from qdq.corrections import AccuracyPass, Snapshot, list_passes, record_pass, undo_passes
+from qdq.corrections import (
+    AccuracyPass,
+    Snapshot,
+    list_passes,
+    record_pass,
+    redo_passes,
+    undo_passes,
+    undoing_passes,
+)
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError, StateError
 from qdq.forward import require_model
@@ -142,24 +150,7 @@ def correct_bias(
         )
     require_model(model)
     inputs = join_batches(batches)
-    plan = plan_layers(model, inputs)
     view = OutputView(outputs, mask)
-    outputs_before = run_flat(model, inputs, view)
-    former = Snapshot(model)
-    if method == "analytic":
-        _take_back(model)
-    for layer in plan.layers.values():
-        layer.keep_float()
-    correct = _correct_empirically if method == "empirical" else _correct_analytically
-    try:
-        correction = correct(model, reference or model, plan, inputs, view)
-    except BaseException:  # half of the biases may be corrected
-        former.restore(model)
-        raise
-    layers = list(correction.layers)
-    for name, reason in plan.skipped.items():
-        layers.append(CorrectedBias(name, 0.0, reason))
-    change = measure_change(correction.expected, outputs_before, correction.outputs)
     again = partial(
         correct_bias,
         batches=[inputs],
@@ -168,7 +159,26 @@ def correct_bias(
         outputs=outputs,
         mask=mask,
     )
-    record_pass(model, AccuracyPass("correct_bias", again))
+    with undoing_passes(model, "correct_bias", adds_up=True) as later:
+        plan = plan_layers(model, inputs)
+        outputs_before = run_flat(model, inputs, view)
+        former = Snapshot(model)
+        if method == "analytic":
+            _take_back(model)
+        for layer in plan.layers.values():
+            layer.keep_float()
+        correct = _correct_empirically if method == "empirical" else _correct_analytically
+        try:
+            correction = correct(model, reference or model, plan, inputs, view)
+        except BaseException:  # half of the biases may be corrected
+            former.restore(model)
+            raise
+        record_pass(model, AccuracyPass("correct_bias", again))
+        redo_passes(model, later)
+    layers = list(correction.layers)
+    for name, reason in plan.skipped.items():
+        layers.append(CorrectedBias(name, 0.0, reason))
+    change = measure_change(correction.expected, outputs_before, correction.outputs)
     return BiasCorrection(method=method, layers=tuple(layers), **vars(change))
 
 

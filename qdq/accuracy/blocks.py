@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from qdq.accuracy.adaround import SoftCodes, leave_out_fp8, penalize_soft
 from qdq.accuracy.layerwise import (
+    HELD_OUT,
     FlatArrays,
     LayerPlan,
     explaining_joined,
@@ -66,7 +67,6 @@ logger = logging.getLogger(__name__)
 _ROUNDING_RATE = 2e-2  # learning rate of the sigmoids
 _BIAS_RATE = 1e-3  # relative to the deviation of the output of the layer
 _RANGE_RATE = 5e-3  # of log2 of the range
-_HELD_OUT = 4  # one of so many samples is held out
 _EVERYTHING = (-math.inf, math.inf)  # interval of an output that no clamp follows
 
 
@@ -238,9 +238,9 @@ def reconstruct_blocks(
 
 def _require_samples(inputs: Any) -> None:
     num_samples = count_samples(inputs)
-    if num_samples < _HELD_OUT:
+    if num_samples < HELD_OUT:
         raise DataError(
-            f"the batches hold {num_samples} samples; expected {_HELD_OUT} or more, of which a quarter is held out.",
+            f"the batches hold {num_samples} samples; expected {HELD_OUT} or more, of which a quarter is held out.",
             "give more samples; 64 images are a good number.",
         )
 
@@ -529,7 +529,7 @@ class _Samples:
         self._targets = [leaves[position].float() for position in self._positions]
         variances = [target.var(correction=0) for target in self._targets]
         self._variances = [torch.where(value > 0, value, 1.0) for value in variances]
-        self.num_learned = size - size // _HELD_OUT
+        self.num_learned = size - size // HELD_OUT
 
     @property
     def device(self) -> torch.device:
@@ -538,7 +538,7 @@ class _Samples:
 
     def reason_against(self) -> str:
         """Why no mini-batches can be taken; empty if they can."""
-        if self._size < _HELD_OUT:
+        if self._size < HELD_OUT:
             return f"its input has {self._size} rows, too few to hold some out"
         if not self._targets or not _list_rows(self._inputs, self._size):
             return "its inputs or outputs do not have the samples first"

@@ -37,6 +37,9 @@ from qdq.text import printable
 FlatArrays = dict[str, Array]
 """Name of an output -> all its values."""
 
+HELD_OUT = 4
+"""A pass that learns and judges holds out one of so many samples: the last quarter."""
+
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 # Weight of an output that a clamp hides, so that a channel that is always hidden has a mean.
 _HIDDEN = 1e-2

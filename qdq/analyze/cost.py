@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,32 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
         if name in values:
             costs[name] = LayerCost(macs, values[name], outputs[name])
     return trace, costs
+
+
+def count_own_macs(costs: Mapping[str, LayerCost], layers: Iterable[str]) -> dict[str, int]:
+    """MACs of each layer without those of the layers inside it, such as `out_proj` of an attention.
+
+    Args:
+        costs: From `count_costs`.
+        layers: Dotted names of modules and calls. One that is not in `costs` has no product, and is left out.
+    """
+    macs = {name: costs[name].macs for name in layers if name in costs}
+    own_macs = dict(macs)
+    for name, inner_macs in macs.items():
+        parent = _find_parent(name, macs)
+        if parent is not None:
+            own_macs[parent] -= inner_macs
+    return own_macs
+
+
+def _find_parent(name: str, layers: Collection[str]) -> str | None:
+    """The innermost of some layers around another one; None if it is in none of them."""
+    parts = name.split(".")
+    for end in reversed(range(len(parts))):
+        parent = ".".join(parts[:end])
+        if parent in layers and parent != name:
+            return parent
+    return None
 
 
 class _Traffic:

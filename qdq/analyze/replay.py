@@ -793,21 +793,64 @@ class _Recording(TorchFunctionMode):
         """The tensor of a slot: at hand, stored, or computed again by the call that made it."""
         if slot.value is not None:
             return slot.value
-        value = self._values.get(slot.number)
-        if value is None:
-            value = self._external_values.get(slot.number)
+        value = self._find_stored(slot.number)
         if value is None:
             value = self._make_again(slot.number)
+        return value
+
+    def _find_stored(self, number: int) -> torch.Tensor | None:
+        """A value that is stored, or that no call made; None for others."""
+        value = self._values.get(number)
+        if value is None:
+            value = self._external_values.get(number)
         return value
 
     def _make_again(self, number: int) -> torch.Tensor:
         """Compute a value that was not stored; only a forward that leaves the recorded path reads it.
 
+        Each value on the way there is computed once, and dropped after its last reader.
+
         Args:
             number: The number of the value.
         """
-        call = self._makers[number]
-        inputs = [self._value(_Slot(input_number)) for input_number in call.inputs]
+        numbers = self._list_lacking(number)
+        num_readers = Counter(
+            source for lacking in numbers for source in self._makers[lacking].inputs
+        )
+        values: dict[int, torch.Tensor] = {}
+        for lacking in numbers:
+            call = self._makers[lacking]
+            inputs = [
+                values[source] if source in values else self._value(_Slot(source))
+                for source in call.inputs
+            ]
+            values[lacking] = self._compute_again(call, lacking, inputs)
+            for source in call.inputs:
+                num_readers[source] -= 1
+                if not num_readers[source]:
+                    values.pop(source, None)
+        return values[number]
+
+    def _list_lacking(self, number: int) -> list[int]:
+        """The numbers of the values that must be computed to get one, in the order of the recording."""
+        lacking = set()
+        open_numbers = [number]
+        while open_numbers:
+            candidate = open_numbers.pop()
+            if candidate in lacking or self._find_stored(candidate) is not None:
+                continue
+            lacking.add(candidate)
+            open_numbers += self._makers[candidate].inputs
+        return sorted(lacking)
+
+    def _compute_again(self, call: _Call, number: int, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """One of the values that a call makes.
+
+        Args:
+            call: The call.
+            number: The number of the value.
+            inputs: Those of the call.
+        """
         run = _run(call.compute, inputs, call.in_place)
         if number == call.changed:
             return run.inputs_after[0]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from qdq.analyze.cost import LayerCost, SwitchCost
+from qdq.analyze.cost import LayerCost, SwitchCost, count_own_macs
 from qdq.analyze.gradients import has_gradients
 from qdq.analyze.options import Options
 from qdq.analyze.probe import Probe, Value
@@ -602,7 +602,10 @@ class _UnitCosts:
         pinned: dict[str, str],
     ) -> None:
         self._layers = {unit.name: unit.layers for unit in units}
-        self._costs = costs
+        self.total = costs[""].macs if costs else 0
+        """MACs of the whole model on one batch."""
+        layers = [layer for unit in units for layer in unit.layers]
+        self._macs = count_own_macs(costs, [*layers, *pinned])
         self._times = times
         self.has_times = bool(times)
         """Whether the times of layers are known."""
@@ -614,11 +617,6 @@ class _UnitCosts:
         self._int8_time = sum(int8_times)
         pinned_to_int8 = [name for name, precision in pinned.items() if precision != "float"]
         self._int8_macs += self._sum_macs(pinned_to_int8)
-
-    @property
-    def total(self) -> int:
-        """MACs of the whole model on one batch."""
-        return self._costs[""].macs if self._costs else 0
 
     def count_macs(self, name: str) -> int:
         """MACs of a unit."""
@@ -659,11 +657,7 @@ class _UnitCosts:
 
     def _sum_macs(self, layers: Iterable[str]) -> int:
         """MACs of some layers; a layer without a product has none."""
-        macs = 0
-        for layer in layers:
-            if layer in self._costs:
-                macs += self._costs[layer].macs
-        return macs
+        return sum(self._macs.get(layer, 0) for layer in layers)
 
 
 def _bootstrap(

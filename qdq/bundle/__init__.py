@@ -38,7 +38,7 @@ from qdq.graph.save import save_model
 from qdq.metrics import Array
 from qdq.pairs import Pair, digest_file, load_pairs
 from qdq.product_types import word_of
-from qdq.run import MODEL_FILE, REFERENCES_FILE
+from qdq.run import MODEL_FILE, REFERENCES_FILE, require_one_target
 from qdq.text import list_names, printable
 from qdq.trt.profiles import Profile
 from qdq.trt.trtexec import Pair as PairFiles
@@ -125,8 +125,8 @@ def make_bundle(
         archive: Also write `OUTPUT.tar.gz`.
 
     Raises:
-        ArgumentError: There is no such source, it is in the folder, it lacks inputs, names that trtexec cannot take, or
-            a folder with other files.
+        ArgumentError: There is no such source, it is a run of several targets, it is in the folder, it lacks inputs,
+            names that trtexec cannot take, or a folder with other files.
         CheckError: The file cannot be read or run, or does not compute its references.
         DataError: The references of the run cannot be read or are of another file.
         ExportError: The network without Q/DQ cannot be made.
@@ -138,6 +138,7 @@ def make_bundle(
     require_outside(output, [source])
     archive_path = place_archive(output) if archive else None
     guard_files(inputs=[source], outputs=[archive_path])
+    require_one_target(source)
     onnx = source / MODEL_FILE if source.is_dir() else source
     model = _load(onnx)
     if inputs is None:

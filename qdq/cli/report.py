@@ -24,7 +24,8 @@ def report(
         qdq report runs/ptq --target l4/result.json orin/result.json
 
     Args:
-        runs: One run folder, or several; the first is the reference of the comparison.
+        runs: One run folder, or several; the first is the reference of the comparison. The page of a run for several
+            targets compares these.
         target: The result.json of one target or several, which verify.sh of the bundle wrote; for one run only.
         output: The page; by default report.html in the run folder for one run, comparison.html in the current folder
             for several.
@@ -69,8 +70,13 @@ def _render(runs: tuple[Path, ...], target: tuple[Path, ...]) -> tuple[str, obje
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import load_report
     from qdq.report.page import render_report
+    from qdq.report.target_runs import load_target_runs
     from qdq.report.targets import load_targets
+    from qdq.run import list_targets
 
+    if len(runs) == 1 and list_targets(runs[0]) and not target:
+        targets = load_target_runs(runs[0])
+        return targets.render(), targets.list_facts()
     if len(runs) == 1:
         loaded = load_report(runs[0])
         results = load_targets(target, loaded.data.get("model_sha256"))

@@ -29,7 +29,7 @@ from qdq.predictor import list_file_inputs
 from qdq.qat.checkpoint import load_tuned
 from qdq.references import draw_samples
 from qdq.rewire import rewire_operations
-from qdq.run import MODEL_FILE, QUANTIZED_FILE, REFERENCES_FILE, STATE_FILE
+from qdq.run import MODEL_FILE, QUANTIZED_FILE, REFERENCES_FILE, STATE_FILE, require_one_target
 from qdq.schema import read_json
 from qdq.swap import swap_modules
 from qdq.text import printable
@@ -77,10 +77,12 @@ def diverge_run(run: Path, *, dumps: Path | None = None, samples: int = 1) -> Ru
         samples: Number of calibration samples, the first of those that `save_references` kept.
 
     Raises:
+        ArgumentError: It is the folder of a run of several targets.
         DataError: The folder lacks a file, or is of a recipe whose model qdq cannot make; the samples are not those
             of the dumps.
         QdqError: As for `load_workload`, `load_tuned` and `find_divergence`.
     """
+    require_one_target(run)
     onnx = _require_file(run / MODEL_FILE)
     _require_file(run / QUANTIZED_FILE)
     settings = _read_settings(run)
@@ -145,7 +147,7 @@ def _make_model(settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
         )
     )
     model, exclude = workload.module, tuple(settings["exclude"])
-    formats = parse_formats(settings.get("formats", INT8))  # `qdq qat` has int8 only
+    formats = parse_formats(settings.get("formats", INT8))  # earlier versions do not say
     fold_batchnorm(model, workload.example)
     swap_modules(model, workload.example, exclude=exclude, formats=formats)
     rewire_operations(model, workload.example, exclude=exclude, formats=formats)

@@ -136,6 +136,11 @@ class QuantMixin(QuantInputMixin):
         """Attribute of each weight quantizer -> the parameter it quantizes; also for a module that is not swapped."""
         return {"_weight_quantizer": "weight"}
 
+    def list_learnable(self) -> list[nn.Parameter]:
+        """Weight and bias: what a pass may change for int8 only, as `keep_float` keeps them for float."""
+        parameters = [self._parameters.get(name) for name in _FLOAT_PARAMETERS]
+        return [parameter for parameter in parameters if parameter is not None]
+
     @property
     def keeps_float(self) -> bool:
         """Whether weight and bias of the float layer are kept beside others for int8."""

@@ -113,7 +113,7 @@ class Trainer:
                 f"train is {train!r}; known are {', '.join(TRAINED)}.", "use 'all'."
             )
         require_range_method(ranges)
-        _require_no_inference(model)
+        require_no_inference(model)
         modules = _choose_modules(model, layers)
         self.model = model
         self.total = total
@@ -605,8 +605,11 @@ def _measure_norm(gradients: list[torch.Tensor], loss: torch.Tensor) -> torch.Te
     return nn.utils.get_total_norm(gradients).to(loss.device, non_blocking=True)
 
 
-def _require_no_inference(model: nn.Module) -> None:
+def require_no_inference(model: nn.Module) -> None:
     """Refuse training in inference mode, and parameters that were made in it.
+
+    Args:
+        model: The model.
 
     Raises:
         StateError: Either of the two.

@@ -12,6 +12,7 @@ from qdq.files import to_jsonable, write_atomic, write_json
 from qdq.pairs import digest_file
 from qdq.report.load import REPORT_FORMAT, load_report
 from qdq.report.page import render_report
+from qdq.roofline import find_target_sm
 from qdq.run import PAGE_FILE, Run
 from qdq.statistics import Statistics
 from qdq.text import MOST_CHARACTERS, make_printable, printable
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qdq.export import ExportReport
     from qdq.fold import FoldedPair
     from qdq.judge import JudgedSteps
+    from qdq.mixed import FormatChoice
     from qdq.report.records import LayerRecord
     from qdq.rewire import RewirePlan
     from qdq.swap import SwapPlan
@@ -130,6 +132,7 @@ class _StageResults:
     evaluation: Evaluation
     tuning: TuningResult | None
     steps: JudgedSteps | None
+    formats: FormatChoice | None
 
 
 def write_report(
@@ -147,6 +150,7 @@ def write_report(
     *,
     tuning: TuningResult | None = None,
     steps: JudgedSteps | None = None,
+    formats: FormatChoice | None = None,
 ) -> Report:
     """Write `report.json`, `report.html` and `report.txt` into the run folder, print the text and close the run.
 
@@ -166,10 +170,22 @@ def write_report(
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, if there was any.
         steps: From `recover_accuracy`: what every step was worth.
+        formats: From `choose_formats`, if formats were chosen.
     """
     run.stage("report")
     results = _StageResults(
-        folded, plan, rewired, ranges, analysis, exported, check, build, evaluation, tuning, steps
+        folded=folded,
+        plan=plan,
+        rewired=rewired,
+        ranges=ranges,
+        analysis=analysis,
+        exported=exported,
+        check=check,
+        build=build,
+        evaluation=evaluation,
+        tuning=tuning,
+        steps=steps,
+        formats=formats,
     )
     layers = _describe_layers(run, workload, results)
     sections = _collect_sections(run, workload, results, layers)
@@ -221,14 +237,19 @@ def _collect_sections(
     tuning = None
     if results.tuning is not None:
         tuning = {**to_jsonable(results.tuning), "text": results.tuning.format_table()}
+    target = None
+    if run.target:
+        target = {"name": run.target, "sm": find_target_sm(run.target)}
     return {
         "format": REPORT_FORMAT,
+        "target": target,
         "model": f"{workload.name}, {workload.weights}",
         "model_sha256": digest_file(results.check.path),
         "data": _describe_data(workload.calibration, workload.evaluation),
         "summary": _summarize(results, layers),
         "findings": _list_findings(results),
         "evaluation": results.evaluation,
+        "formats": results.formats,
         "analysis": results.analysis,
         "steps": results.steps,
         "fold": results.folded,
@@ -326,8 +347,10 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
         "Data": _join_lines(f"{title}: {data[title]}" for title in titles_of_data),
         "Layers": printable_results.plan.format_table(),
         "Functions": printable_results.rewired.format_table(),
-        "Sensitivity": printable_results.analysis.format_table(),
     }
+    if printable_results.formats is not None:
+        blocks["Formats"] = printable_results.formats.format_table()
+    blocks["Sensitivity"] = printable_results.analysis.format_table()
     if printable_results.steps is not None:
         blocks["Steps"] = printable_results.steps.format_table()
     if printable_results.tuning is not None:

@@ -154,6 +154,7 @@ def render_comparison(comparison: Comparison) -> str:
         title=f"{len(comparison.runs)} runs side by side",
         comparison=comparison,
         tolerance=TOLERANCE,
+        targets=None,
     )
 
 

@@ -160,7 +160,7 @@ class _StageFacts:
             name=name,
             kind=entry.kind,
             is_call=entry.is_call,
-            precision=(engine.promised or "int8") if is_int8 else "float",
+            precision=(engine.promised or _name_format(quantizers)) if is_int8 else "float",
             reason=reason,
             rules=tuple(dict.fromkeys(RULE.findall(reason))),
             tensors=tuple(self.tensors.describe(name, quantizer) for quantizer in quantizers),
@@ -914,6 +914,12 @@ def _make_output_hook(
 
 def _to_array(tensor: torch.Tensor) -> Any:
     return tensor.float().cpu().numpy()
+
+
+def _name_format(quantizers: Sequence[TensorQuantizer]) -> str:
+    """The word for the format of a layer whose nodes the census does not name."""
+    is_float = all(quantizer.format.is_float for quantizer in quantizers)
+    return LOW_TYPES["FP8"] if is_float else LOW_TYPES["Int8"]
 
 
 # The engine

@@ -13,7 +13,7 @@ from qdq.files import as_path
 from qdq.report.records import LayerRecord
 from qdq.report.sections import RunState, StoredSections
 from qdq.run import PAGE_FILE as PAGE_FILE
-from qdq.run import REPORT_FILE, STATE_FILE
+from qdq.run import REPORT_FILE, STATE_FILE, require_one_target
 from qdq.schema import describe, read_json, validate
 from qdq.text import printable
 
@@ -58,7 +58,8 @@ def load_report(run: Path | str) -> StoredReport:
         run: A run folder, or the `report.json` in it.
 
     Raises:
-        ArgumentError: There is no such folder, it is not a run folder, or its run has not finished.
+        ArgumentError: There is no such folder, it is not a run folder, it is that of several targets, or its run has
+            not finished.
         DataError: The report cannot be read, is damaged, or was written by an earlier qdq.
     """
     path, data = read_report(run)
@@ -72,11 +73,12 @@ def read_report(run: Path | str) -> tuple[Path, Any]:
         run: A run folder, or the `report.json` in it.
 
     Raises:
-        ArgumentError: There is no such folder, it is not a run folder, or its run has not finished.
+        ArgumentError: As for `load_report`.
         DataError: The report cannot be read, or is not JSON with finite numbers.
     """
     path = run = as_path(run, "run")
     if os.path.isdir(run):  # unlike the methods of Path, os.path takes any name
+        require_one_target(run)
         path = run / REPORT_FILE
     if not os.path.isfile(path):
         raise _explain_missing_report(run)

@@ -23,7 +23,14 @@ from qdq.report.charts import (
 )
 from qdq.report.load import StoredReport, guarded
 from qdq.report.sections import TypeCensus
-from qdq.report.tables import list_census, list_commands, list_details, list_rows, list_skipped
+from qdq.report.tables import (
+    list_census,
+    list_commands,
+    list_details,
+    list_formats,
+    list_rows,
+    list_skipped,
+)
 from qdq.report.targets import TargetResult, list_target_rows
 from qdq.report.wording import format_decibels, format_number, format_percent, format_state
 from qdq.statistics.show import load_templates
@@ -234,6 +241,7 @@ def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, An
         "run": report.name,
         "figures": list_figures(report),
         "headline": _write_headline(report),
+        "formats": list_formats(report),
         "candidates": data["evaluation"]["candidates"],
         "metrics": list(reference_candidate(report).get("scores") or ()),
         "bars": draw_bars(report),

@@ -101,6 +101,30 @@ class Analysis(State):
     pareto: list[Point]
 
 
+class LayerFormat(TypedDict):
+    """An entry of `formats.choices`."""
+
+    layers: Annotated[list[str], MinLen(1)]
+    format: str
+    reason: str
+    int8_db: float | None
+    fp8_db: float | None
+
+
+class Formats(TypedDict):
+    """The section `formats`."""
+
+    sm: Count
+    choices: list[LayerFormat]
+
+
+class Target(TypedDict):
+    """The section `target`: that of a run with several."""
+
+    name: str
+    sm: Count
+
+
 class Measurement(TypedDict):
     """A point of fine-tuning at which it was evaluated."""
 
@@ -279,6 +303,8 @@ class StoredSections(TypedDict):
     summary: Summary
     findings: list[str]
     evaluation: Evaluation
+    target: NotRequired[Target | None]
+    formats: NotRequired[Formats | None]
     analysis: Analysis
     fold: list[FoldedPair]
     swap: Swap

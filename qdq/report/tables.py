@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,9 @@ from qdq.report.wording import (
     title_of,
 )
 from qdq.text import group_names
+
+_FORMAT_WORDS = {"fp8": LOW_TYPES["FP8"]}
+"""Name of a format in plans -> the word for it in a report, where they differ."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,71 @@ def _list_method(method: str, choice: MethodRange, tensor: TensorRecord) -> dict
         "colour": list(SOLVERS).index(method) if method in SOLVERS else 0,
         "place": place,
     }
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """Layers that got one format.
+
+    Args:
+        names: Their names.
+        format: "int8", "FP8" or "float".
+        reason: Why.
+        int8_db: SQNR of the outputs with these layers alone in int8, in dB; None if it was not measured or is infinite.
+        fp8_db: The same for FP8.
+        difference: How much better FP8 is, in dB; None likewise.
+        precisions: What they run in now: the search for sensitive layers comes after the choice.
+    """
+
+    names: tuple[str, ...]
+    format: str
+    reason: str
+    int8_db: float | None
+    fp8_db: float | None
+    difference: float | None
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FormatTable:
+    """The formats that were chosen.
+
+    Args:
+        counts: How many layers got each, in words.
+        rows: In the order of the model.
+    """
+
+    counts: str
+    rows: tuple[FormatRow, ...]
+
+
+def list_formats(report: StoredReport) -> FormatTable | None:
+    """The formats that were chosen; None if there was no choice."""
+    formats = report.data.get("formats")
+    if not formats:
+        return None
+    precisions = {layer.name: layer.precision for layer in report.layers}
+    counts: Counter[str] = Counter()
+    rows = []
+    for choice in formats["choices"]:
+        word = _FORMAT_WORDS.get(choice["format"], choice["format"])
+        counts[word] += len(choice["layers"])
+        difference = None
+        if choice["int8_db"] is not None and choice["fp8_db"] is not None:
+            difference = choice["fp8_db"] - choice["int8_db"]
+        present = [precisions[name] for name in choice["layers"] if name in precisions]
+        row = FormatRow(
+            names=tuple(name_layer(name) for name in choice["layers"]),
+            format=word,
+            reason=choice["reason"],
+            int8_db=choice["int8_db"],
+            fp8_db=choice["fp8_db"],
+            difference=difference,
+            precisions=tuple(dict.fromkeys(present)),
+        )
+        rows.append(row)
+    words = ", ".join(f"{count} in {word}" for word, count in counts.items())
+    return FormatTable(words, tuple(rows))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,10 @@ class SampleBatches:
         """
         return self.without_first(n), self.subset(n)
 
+    def by_source(self) -> Self:
+        """The same samples in the same order: each is a source of its own."""
+        return self
+
 
 class Items(Protocol):
     """Samples by index, which are read or drawn when they are needed; `description` is for the report."""
@@ -176,6 +180,10 @@ class DrawnBatches:
             n: At least 1, and fewer than there are.
         """
         return self.without_first(n), self.subset(n)
+
+    def by_source(self) -> Self:
+        """The same samples in the same order: each is a source of its own."""
+        return self
 
     def load_items(self) -> Iterator[list[Any]]:
         """The items of each batch."""

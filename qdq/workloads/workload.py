@@ -43,6 +43,9 @@ class Samples(Protocol):
     def hold_out(self, n: int, /) -> tuple[Samples, Samples]:
         """Samples to fit on, and about `n` others to judge on; no photograph or other source is in both."""
 
+    def by_source(self) -> Samples:
+        """The same samples; crops of one photograph follow each other, for passes that hold out the last ones."""
+
     @property
     def num_samples(self) -> int:
         """Number of samples in all batches."""

@@ -16,6 +16,7 @@ from qdq import (
     reconstruct_blocks,
     round_weights,
     swap_modules,
+    tune_weights,
 )
 from qdq.quantizer import disable_quantization
 
@@ -24,6 +25,7 @@ PASSES = {
     "empirical": correct_bias,
     "rounding": lambda model, data, **view: round_weights(model, data, steps=20, **view),
     "blocks": lambda model, data, **view: reconstruct_blocks(model, data, steps=5, **view),
+    "tuning": lambda model, data, **view: tune_weights(model, data, steps=3, **view),
 }
 
 
@@ -56,7 +58,16 @@ def test_each_output_has_its_figures(heads, batches, name):
     assert report.after_db == min(second for _, second in report.outputs.values())
 
 
-@pytest.mark.parametrize("name", PASSES)
+def test_fine_tuning_learns_the_parts(heads, batches):
+    twin = copy.deepcopy(heads)
+    report = tune_weights(heads, batches, steps=3, outputs={"scores": "scores"})
+    every = tune_weights(twin, batches, steps=3)
+    assert report.outputs == {}
+    assert report.before_db == every.outputs["scores"][0]
+    assert report.losses[0] < every.losses[0]  # without the error of the boxes
+
+
+@pytest.mark.parametrize("name", ["analytic", "empirical", "rounding", "blocks"])
 def test_parts_and_masks(heads, batches, name):
     twin = copy.deepcopy(heads)
     report = PASSES[name](heads, batches, outputs={"scores": "scores"})

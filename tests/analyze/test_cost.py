@@ -47,6 +47,27 @@ class Outer(nn.Module):
 B, T, D = 4, 16, 32
 
 
+def test_a_layer_inside_another_is_counted_once():
+    """All of an attention is FP8: its projections, the one at its end, and its two products."""
+    x = torch.randn(B, T, D)
+    model = nn.Sequential(nn.MultiheadAttention(D, 2, batch_first=True)).eval()
+    model.forward = lambda x: model[0](x, x, x, need_weights=False)[0]
+    swap_modules(model, x, formats=("fp8",))
+    rewire_operations(model, x, formats=("fp8",))
+    calibrate_model(model, [x], method="max")
+    analysis = analyze_layers(model, [x], max_float_layers=1, max_float_share=1)
+    assert {layer.name: layer.macs for layer in analysis.layers} == {
+        "0": 3 * B * T * D * D,
+        "0.out_proj": B * T * D * D,
+        "0.scaled_dot_product_attention": 2 * B * T * T * D,
+    }
+    assert analysis.macs == 4 * B * T * D * D + 2 * B * T * T * D
+    assert analysis.float_share == 0
+    (step,) = analysis.steps
+    (first,) = [layer for layer in analysis.layers if layer.name == step.layer]
+    assert step.float_share == pytest.approx(first.macs / analysis.macs)
+
+
 def test_calls_are_counted():
     costs = count_costs(Outer().eval(), torch.randn(B, T, D))
     expected = {

@@ -191,6 +191,34 @@ def test_another_path_through_the_model():
     assert_identical(model, batch, variants, results)
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        return x + F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
+def test_a_deep_network_that_leaves_the_recorded_path():
+    """Attention in FP8 is computed in steps, in float by one call: each value on the way there is computed once.
+
+    Every block reads its input four times, so the recursion over all readers would take 4^10 steps.
+    """
+    batch = torch.randn(2, 16, 32)
+    model = nn.Sequential(*(Block() for _ in range(10))).eval()
+    swap_modules(model, batch, formats=("fp8",))
+    rewire_operations(model, batch, formats=("fp8",))
+    calibrate_model(model, [batch], method="max")
+    variants = variants_of(model, batch)
+    attention = [name for name in variants if name.endswith("scaled_dot_product_attention")]
+    disable_quantization(model)
+    some = {name: variants[name] for name in (attention[0], attention[-1], "9.query")}
+    replay, results = replayed(model, batch, some)
+    assert replay.reason == ""
+    assert_identical(model, batch, some, results)
+
+
 def test_values_on_disk_are_the_same(monkeypatch):
     mapped = []
     original = replay_module._map_to_file

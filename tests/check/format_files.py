@@ -94,6 +94,20 @@ def fp8_matmul(path, *, real=HALF, opset=21, axis=None, dtype=E4M3, **pair):
     return file.save(path, [8, 64], [8, 64])
 
 
+def fp8_after_clip(path):
+    """A clip before the Q, as a ReLU6 is exported: ONNX Runtime knows no FP8 where it would merge the two."""
+    file = File(SINGLE)
+    file.add("low", 0)
+    file.add("high", 6)
+    file.node("Neg", ["x"], "n")
+    file.node("Clip", ["n", "low", "high"], "c")
+    file.pair("c", "xd")
+    file.weight(codes_of(64, 64), 0.02)
+    file.node("MatMul", ["xd", "wd"], "m")
+    file.node("Relu", ["m"], "y")
+    return file.save(path, [8, 64], [8, 64])
+
+
 def fp8_conv(
     path,
     *,

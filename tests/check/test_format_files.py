@@ -11,6 +11,7 @@ CASES = {
     "FP8": (files.fp8_matmul, "FP8", "FP8", ["QDQ138"]),
     "FP8 per channel": (lambda path: files.fp8_matmul(path, axis=1), "FP8", "FP8", ["QDQ138"]),
     "FP8 convolution": (files.fp8_conv, "FP8", "FP8", ["QDQ138"]),
+    "FP8 after a clip": (files.fp8_after_clip, "FP8", "FP8", ["QDQ121", "QDQ138"]),
     "FP8 of TensorRT": (files.trt_fp8, "FP8", "FP8", ["QDQ201", *["QDQ206"] * 4]),
     "FP8 weights": (
         lambda path: files.weight_only(path, files.E4M3),

@@ -214,6 +214,27 @@ def test_fp8_beside_int8(store):
     assert '<span class="tag FP8">FP8</span>' in text
 
 
+def test_the_formats_that_were_chosen(store):
+    choices = [
+        {"layers": ["l0"], "format": "int8", "reason": EVIL, "int8_db": 30.5, "fp8_db": 28.0},
+        {"layers": ["l1", "l2"], "format": "fp8", "reason": "b", "int8_db": 20.0, "fp8_db": 31.25},
+        {"layers": ["call"], "format": "fp8", "reason": "c", "int8_db": None, "fp8_db": None},
+    ]
+    report = make_report(["l0", "l1", "l2"], formats={"sm": 89, "choices": choices})
+    report["layers"][1]["precision"] = "FP8"
+    report["layers"][2]["precision"] = "float"  # the search came later
+    text = render_report(load_report(store(report)))
+    sections = [attrs["id"] for tag, attrs in Outline(text).tags if tag == "section"]
+    assert sections[:2] == ["summary", "formats"]
+    assert "for SM 89: 1 in int8, 3 in FP8." in text and EVIL not in text
+    section = text.partition('<section id="formats"')[2].partition("</section>")[0]
+    rows = re.findall(r"<tr><th scope=\"row\">(.*?)</tr>", section)
+    words = [re.findall(r"[^<>]+(?=<)", row) for row in rows]
+    assert words[0][:5] == ["l0", "int8", "30.50", "28.00", "-2.50"]
+    assert words[1] == ["l1, l2", "FP8", "20.00", "31.25", "+11.25", "b", "FP8", " ", "float", " "]
+    assert words[2] == ["call", "FP8", "–", "–", "–", "c"]
+
+
 def test_300_layers_fit(page):
     names = [
         f"features.stage{number // 30}.block{number}.expand_convolution" for number in range(300)

@@ -104,22 +104,33 @@ class ImageBatches:
         count = min(self.num_photographs or 1, self.num_images)
         if count == 1:
             indices = range(n, self.num_images)
-            return self._select(indices, f"all but the first {n}"), self.subset(n)
+            return self._select(indices, f"all but the first {n}, of", None), self.subset(n)
         num_held = max(count // 4, 1)
         held = [index for index in range(self.num_images) if index % count < num_held]
         rest = [index for index in range(self.num_images) if index % count >= num_held]
         first = f"the first {num_held} photographs"
         return (
-            self._select(rest, f"{len(rest)} images, without {first}"),
-            self._select(held, f"{len(held)} images, of {first} only"),
+            self._select(rest, f"{len(rest)} images, without {first}, of", count - num_held),
+            self._select(held, f"{len(held)} images, of {first} only, of", num_held),
         )
 
-    def _select(self, indices: Sequence[int], words: str) -> ImageBatches:
+    def by_source(self) -> ImageBatches:
+        """The same images; crops of one photograph follow each other."""
+        count = self.num_photographs
+        if count is None:
+            return self
+        order = sorted(range(self.num_images), key=lambda index: index % count)
+        return self._select(order, "by photograph, of", None)
+
+    def _select(
+        self, indices: Sequence[int], words: str, num_photographs: int | None
+    ) -> ImageBatches:
         """Some of the images.
 
         Args:
             indices: Their numbers.
-            words: Which ones, for the report.
+            words: Which ones, in front of the description of all.
+            num_photographs: As for the class.
         """
         labels = None if self.labels is None else [self.labels[index] for index in indices]
         return replace(
@@ -127,8 +138,8 @@ class ImageBatches:
             images=_SelectedImages(self.images, indices),
             labels=labels,
             num_images=len(indices),
-            description=f"{words}, of: {self.description}",
-            num_photographs=None,
+            description=f"{words}: {self.description}",
+            num_photographs=num_photographs,
         )
 
 

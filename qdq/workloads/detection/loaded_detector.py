@@ -104,6 +104,10 @@ class DetectorInputs:
         """
         return self.without_first(n), self.subset(n)
 
+    def by_source(self) -> DetectorInputs:
+        """The same images in the same order: each is a source of its own."""
+        return self
+
 
 def make_score(
     detector: LoadedDetector, pictures: PictureBatches, names: Sequence[str]

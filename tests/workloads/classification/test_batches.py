@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from image_sets import all_images, all_labels, colours, make_folder, make_model
@@ -38,6 +40,17 @@ def test_subset_is_the_first_images():
     assert batches.subset(8) is batches
     with pytest.raises(ArgumentError, match="n is 0"):
         batches.subset(0)
+
+
+def test_crops_of_one_photograph_follow_each_other():
+    """Seven crops of three photographs in turn; what is not held out is in turn, too."""
+    crops = replace(make_batches_of_seven(), num_photographs=3)
+    assert all_images(crops.by_source()).flatten().tolist() == [0, 3, 6, 1, 4, 2, 5]
+    assert all_labels(crops.by_source()) == [0, 3, 6, 1, 4, 2, 5]
+    fitted, judged = crops.hold_out(2)
+    assert all_images(judged).flatten().tolist() == [0, 3, 6]
+    assert all_images(fitted.by_source()).flatten().tolist() == [1, 4, 2, 5]
+    assert make_batches_of_seven().by_source().description == "seven"
 
 
 def test_batch_size_must_be_positive():
