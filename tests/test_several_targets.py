@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def build():
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     return Net().eval()
 
 
