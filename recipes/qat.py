@@ -74,8 +74,8 @@ def qat(
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
-            above; it quantizes the products of attention, too. With both, each layer gets the one with the smaller
-            error.
+            above; it quantizes the products of attention, too. With both, each layer gets the one that is better
+            for the outputs of the whole model.
         target: The GPU that formats are chosen for and that the engine is built for: t4, a10, orin, l4, rtx40, h100,
             thor, rtx50 or another that qdq ptq --gpu takes. By default that of --sm.
         loss: distill: the float model is the teacher, no labels are needed. labels: cross entropy. both: both losses
