@@ -5,6 +5,7 @@ Weight standardization computes such weights. The relative position biases and t
 
 from __future__ import annotations
 
+import math
 import sys
 
 import onnx_ir as ir
@@ -13,12 +14,16 @@ from onnxscript.optimizer import fold_constants
 from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, is_op
 from qdq.graph.work import WEIGHTED_OPS
 
+# Of a bias: Swin at 384 pixels has masks of 1.3 million, and a model for long texts would have gigabytes.
+_MOST_ELEMENTS = 2**21
+
 
 class FoldWeights(ir.passes.InPlacePass):
     """Fold the nodes that compute a weight, the input of its Q or a bias of attention from initializers only.
 
     TensorRT takes weights for int8 only as constants (R-WSTORE), and it does not fuse attention with a bias that is
-    gathered from a table (R-MHA-3). The exporter leaves large ones to be computed.
+    gathered from a table (R-MHA-3). The exporter leaves large ones to be computed. A bias with more than 2^21 elements
+    stays so.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -30,7 +35,8 @@ class FoldWeights(ir.passes.InPlacePass):
             if not all(is_op(node, "Cast", *COPY_OPS) for node in computing):
                 nodes |= computing
         for bias in _list_biases(model.graph):
-            nodes |= _nodes_that_compute(bias)
+            if _has_few_elements(bias):
+                nodes |= _nodes_that_compute(bias)
 
         if not nodes:
             return ir.passes.PassResult(model, modified=False)
@@ -83,6 +89,13 @@ def _list_biases(graph: ir.Graph) -> list[ir.Value | None]:
         elif is_op(node, "Cast", *COPY_OPS):
             pending.append(node.inputs[0])
     return biases
+
+
+def _has_few_elements(value: ir.Value | None) -> bool:
+    """Whether the size of a value is known, and small enough for a constant in the file."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return False
+    return math.prod(value.shape.numpy()) <= _MOST_ELEMENTS
 
 
 def _nodes_that_compute(value: ir.Value | None) -> set[ir.Node]:

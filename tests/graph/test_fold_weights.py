@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 from graph_text import compute, ops, read
 
+from qdq.graph import fold_weights
 from qdq.graph.fold_weights import FoldWeights
 from qdq.graph.passes import run_passes
 
@@ -87,3 +88,12 @@ def test_biases_of_attention(body, expected_ops):
     run_passes(model, [FoldWeights()])
     assert ops(model) == expected_ops
     np.testing.assert_array_equal(compute(model)["y"], expected["y"])
+
+
+def test_a_large_bias_stays_computed(monkeypatch):
+    """A bias of every pair of tokens is a small table, and may be gigabytes as a constant."""
+    body = "b = Gather (table, rows) m = MatMul (x, w) a = Add (m, b) y = Softmax (a)"
+    monkeypatch.setattr(fold_weights, "_MOST_ELEMENTS", 3)
+    model = read(BIAS.format(body), opset=17)
+    run_passes(model, [FoldWeights()])
+    assert ops(model) == ["Gather", "MatMul", "Add", "Softmax"]
