@@ -114,9 +114,7 @@ def recover_accuracy(
     for name in names:
         if name in recovery.tried:
             continue
-        reason = _try_pass(model, name, batches, judge, outputs=outputs, mask=mask)
-        if reason:
-            recovery.notes.append(f"{name} was left out: {reason}")
+        _try_pass(model, name, batches, judge, recovery, outputs=outputs, mask=mask)
         recovery.tried.append(name)
         recovery.save(model, judge)
     if refit is not None and not recovery.is_fitted:
@@ -136,25 +134,30 @@ def _list_passes(batches: list[Any], **view: Any) -> dict[str, AccuracyPass]:
     return passes
 
 
-def _try_pass(model: nn.Module, name: str, batches: list[Any], judge: Judge, **view: Any) -> str:
-    """Do a pass, measure it, and undo it if it is not worth it.
-
-    Returns:
-        Why the pass could not be done; "" if it was.
-    """
+def _try_pass(
+    model: nn.Module,
+    name: str,
+    batches: list[Any],
+    judge: Judge,
+    recovery: Recovery,
+    **view: Any,
+) -> None:
+    """Do a pass, measure it, and undo it if it is not worth it; if it cannot be done, note the reason."""
     title, run = _PASSES[name]
     best = [step for step in judge.steps if not step.is_undone][-1]
     former = Snapshot(model)
     try:
         run(model, batches, **view)
     except (DataError, StateError) as error:  # it has left the model as it was
-        return error.message
+        recovery.notes.append(f"{name} was left out: {error.message}")
+        return
     step = judge.measure(title, model)
     is_better = step.sqnr_db - best.sqnr_db >= _LEAST_GAIN_DB
-    if not is_better:
+    if is_better:
+        recovery.done.append(name)
+    else:
         former.restore(model)
         judge.mark_undone()
-    return ""
 
 
 def _fit_again(model: nn.Module, batches: list[Any]) -> list[str]:

@@ -38,6 +38,7 @@ class Recovery:
 
     Attributes:
         tried: Names of the passes that are done, those that were undone or left out included.
+        done: Names of those that stay.
         notes: What was left out and why, and what the last fit did.
         is_fitted: Whether the last fit is done.
     """
@@ -46,10 +47,9 @@ class Recovery:
         self._path = path
         self._key = key
         self.tried: list[str] = []
+        self.done: list[str] = []
         self.notes: list[str] = []
         self.is_fitted = False
-        self._former: list[AccuracyPass] = []  # of the model before this call
-        self._done: list[str] = []  # passes of this call that stay
 
     def resume(
         self,
@@ -66,16 +66,15 @@ class Recovery:
             passes: Name -> the pass of this call.
             refit: The samples of the last fit.
         """
-        self._former = list_passes(model)
         facts, tensors = self._read()
         if not facts:
             return
         self.tried = facts["tried"]
         self.notes = facts["notes"]
         self.is_fitted = facts["is_fitted"]
-        self._done = facts["done"]
-        options = {entry.name: entry for entry in self._former}
-        options |= {name: passes[name] for name in self._done}
+        self.done = facts["done"]
+        options = {entry.name: entry for entry in list_passes(model)}
+        options |= {name: passes[name] for name in self.done}
         recorded = []
         for name in facts["passes"]:
             run = options[name].run
@@ -95,15 +94,13 @@ class Recovery:
         if self._path is None:
             return
         present = list_passes(model)
-        if not self.is_fitted:
-            self._done = [entry.name for entry in present if entry not in self._former]
         facts = {
             "key": self._key,
             "tried": self.tried,
             "notes": self.notes,
             "is_fitted": self.is_fitted,
             "passes": [entry.name for entry in present],
-            "done": self._done,
+            "done": self.done,
             "steps": [asdict(step) for step in judge.steps],
         }
         tensors = Snapshot(model).name_tensors(model)

@@ -168,6 +168,34 @@ def test_passes_are_recorded_as_if_they_had_run(tmp_path):
         assert torch.equal(values, expected[name]), name
 
 
+def test_a_pass_before_the_call_keeps_its_samples(monkeypatch, tmp_path):
+    """Passes that are done again after a kill are those of a call that was not killed."""
+    path = tmp_path / "recovery.safetensors"
+
+    def begin():
+        started = start()
+        qdq.correct_bias(started.model, [started.samples[:8]])
+        started.judge.measure("corrected", started.model)
+        return started
+
+    def recover(started, file):
+        samples = [started.samples[16:]]
+        qdq.recover_accuracy(started.model, samples, started.judge, effort="best", path=file)
+
+    uninterrupted, killed, resumed = begin(), begin(), begin()
+    recover(uninterrupted, None)
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, 1, is_written=True)
+        with pytest.raises(Killed):
+            recover(killed, path)
+    recover(resumed, path)
+    for started in (uninterrupted, resumed):
+        qdq.calibrate_model(started.model, [2 * started.samples])
+    expected = uninterrupted.model.state_dict()
+    for name, values in resumed.model.state_dict().items():
+        assert torch.equal(values, expected[name]), name
+
+
 @pytest.mark.parametrize("content", [b"", b"no safetensors", None])
 def test_another_file_is_not_used(content, whole, calls, tmp_path):
     path = tmp_path / "recovery.safetensors"
