@@ -45,7 +45,7 @@ class ImageBatches:
         num_images: N.
         description: Source, number and seed, for the report.
         label_note: How the labels were found, or why there are none.
-        num_photographs: If the images are crops: how many photographs they are of, in turn. None: each is its own.
+        photographs: If the images are crops: the number of the photograph of each. None: each image is its own.
 
     Raises:
         ArgumentError: `batch_size` is below 1.
@@ -57,7 +57,7 @@ class ImageBatches:
     num_images: int
     description: str
     label_note: str
-    num_photographs: int | None = None
+    photographs: Sequence[int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         require_positive(batch_size=self.batch_size)
@@ -89,7 +89,10 @@ class ImageBatches:
             return self
         labels = None if self.labels is None else self.labels[:n]
         description = f"the first {n} of: {self.description}"
-        return replace(self, labels=labels, num_images=n, description=description)
+        photographs = None if self.photographs is None else self.photographs[:n]
+        return replace(
+            self, labels=labels, photographs=photographs, num_images=n, description=description
+        )
 
     def hold_out(self, n: int) -> tuple[ImageBatches, ImageBatches]:
         """Images to fit on, and others to judge on.
@@ -101,45 +104,47 @@ class ImageBatches:
             All images but the first `n`, and these. Of crops, those of a quarter of the photographs, or of one, are
             held out: other crops of a photograph would judge too well.
         """
-        count = min(self.num_photographs or 1, self.num_images)
-        if count == 1:
+        photographs = self.photographs
+        numbers = sorted(set(photographs or ()))
+        if photographs is None or len(numbers) == 1:
             indices = range(n, self.num_images)
-            return self._select(indices, f"all but the first {n}, of", None), self.subset(n)
-        num_held = max(count // 4, 1)
-        held = [index for index in range(self.num_images) if index % count < num_held]
-        rest = [index for index in range(self.num_images) if index % count >= num_held]
+            return self._select(indices, f"all but the first {n}, of"), self.subset(n)
+        num_held = max(len(numbers) // 4, 1)
+        held_numbers = numbers[:num_held]
+        held = [index for index, number in enumerate(photographs) if number in held_numbers]
+        rest = [index for index, number in enumerate(photographs) if number not in held_numbers]
         first = f"the first {num_held} photographs"
         return (
-            self._select(rest, f"{len(rest)} images, without {first}, of", count - num_held),
-            self._select(held, f"{len(held)} images, of {first} only, of", num_held),
+            self._select(rest, f"{len(rest)} images, without {first}, of"),
+            self._select(held, f"{len(held)} images, of {first} only, of"),
         )
 
     def by_source(self) -> ImageBatches:
         """The same images; crops of one photograph follow each other."""
-        count = self.num_photographs
-        if count is None:
+        photographs = self.photographs
+        if photographs is None:
             return self
-        order = sorted(range(self.num_images), key=lambda index: index % count)
-        return self._select(order, "by photograph, of", None)
+        order = sorted(range(self.num_images), key=lambda index: photographs[index])
+        return self._select(order, "by photograph, of")
 
-    def _select(
-        self, indices: Sequence[int], words: str, num_photographs: int | None
-    ) -> ImageBatches:
+    def _select(self, indices: Sequence[int], words: str) -> ImageBatches:
         """Some of the images.
 
         Args:
             indices: Their numbers.
             words: Which ones, in front of the description of all.
-            num_photographs: As for the class.
         """
         labels = None if self.labels is None else [self.labels[index] for index in indices]
+        photographs = None
+        if self.photographs is not None:
+            photographs = [self.photographs[index] for index in indices]
         return replace(
             self,
             images=_SelectedImages(self.images, indices),
             labels=labels,
             num_images=len(indices),
             description=f"{words}: {self.description}",
-            num_photographs=num_photographs,
+            photographs=photographs,
         )
 
 

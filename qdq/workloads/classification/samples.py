@@ -85,7 +85,7 @@ def _load_calibration_crops(
         num_images=count,
         description=f"{crops} of {len(files)} photographs in {sources}",
         label_note="none: calibration needs no labels",
-        num_photographs=len(files),
+        photographs=[index % len(files) for index in range(count)],
     )
 
 
@@ -108,7 +108,7 @@ def _load_evaluation_crops(
         num_images=count,
         description=f"{crops} of {len(files)} labelled ImageNet photographs in {source}",
         label_note=label_note,
-        num_photographs=len(files),
+        photographs=[index % len(files) for index in range(count)],
     )
 
 

@@ -44,12 +44,12 @@ def test_subset_is_the_first_images():
 
 def test_crops_of_one_photograph_follow_each_other():
     """Seven crops of three photographs in turn; what is not held out is in turn, too."""
-    crops = replace(make_batches_of_seven(), num_photographs=3)
+    crops = replace(make_batches_of_seven(), photographs=[0, 1, 2, 0, 1, 2, 0])
     assert all_images(crops.by_source()).flatten().tolist() == [0, 3, 6, 1, 4, 2, 5]
     assert all_labels(crops.by_source()) == [0, 3, 6, 1, 4, 2, 5]
-    fitted, judged = crops.hold_out(2)
-    assert all_images(judged).flatten().tolist() == [0, 3, 6]
-    assert all_images(fitted.by_source()).flatten().tolist() == [1, 4, 2, 5]
+    for fitted, judged in (crops.hold_out(2), crops.by_source().hold_out(2)):
+        assert all_images(judged).flatten().tolist() == [0, 3, 6]
+        assert all_images(fitted.by_source()).flatten().tolist() == [1, 4, 2, 5]
     assert make_batches_of_seven().by_source().description == "seven"
 
 
