@@ -137,7 +137,7 @@ class QuantMixin(QuantInputMixin):
         return {"_weight_quantizer": "weight"}
 
     def list_learnable(self) -> list[nn.Parameter]:
-        """Weight and bias: what a pass may change for int8 only, as `keep_float` keeps them for float."""
+        """Weight and bias: what a pass may change, as `keep_float` keeps them for float."""
         parameters = [self._parameters.get(name) for name in _FLOAT_PARAMETERS]
         return [parameter for parameter in parameters if parameter is not None]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning as an accuracy pass: weights and biases of the int8 layers learn the outputs of the float model.
+"""Fine-tuning as an accuracy pass: weights and biases of the quantized layers learn the outputs of the float model.
 
 It is `finetune` with distillation and frozen ranges, for as many samples as the other passes get. It trains what the
 layers keep beside it for float, and nothing else: so it can be taken back and done again like any other pass.
@@ -133,14 +133,15 @@ def tune_weights(
     )
     with undoing_passes(model, "tune_weights"):
         layers, skipped = _choose_layers(model, inputs)
-        teacher = copy_float(model)
-        expected = run_flat(teacher, inputs, distillation.view)
         outputs_before = run_flat(model, inputs, distillation.view)
-        for layer in layers.values():
-            layer.keep_float()
-        objective = Objective(model, teacher, None, distillation)
-        with _training_only(model, layers.values()), seeded_rng(seed):
-            losses = _train(model, objective, inputs, schedule, steps, batch_size)
+        with _refusing_untrainable():
+            teacher = copy_float(model)
+            expected = run_flat(teacher, inputs, distillation.view)
+            for layer in layers.values():
+                layer.keep_float()
+            objective = Objective(model, teacher, None, distillation)
+            with _training_only(model, layers.values()), seeded_rng(seed):
+                losses = _train(model, objective, inputs, schedule, steps, batch_size)
         outputs_after = run_flat(model, inputs, distillation.view)
         record_pass(model, AccuracyPass("tune_weights", again))
     change = measure_change(expected, outputs_before, outputs_after)
@@ -156,7 +157,7 @@ def _require_batch_size(batch_size: int) -> None:
 
 
 def _choose_layers(model: nn.Module, inputs: Any) -> tuple[dict[str, QuantMixin], dict[str, str]]:
-    """The layers whose weight and bias are theirs alone, so that they can be changed for int8 only.
+    """The layers whose weight and bias are theirs alone, so that they can be changed while they are quantized.
 
     Returns:
         The layers by name, and the others with the reason.
@@ -176,7 +177,7 @@ def _choose_layers(model: nn.Module, inputs: Any) -> tuple[dict[str, QuantMixin]
         else:
             layers[name] = layer
     if not layers:
-        raise StateError("there is no layer in int8 to train.", _FIX)
+        raise StateError("there is no quantized layer to train.", _FIX)
     return layers, skipped
 
 
@@ -195,6 +196,23 @@ def _training_only(model: nn.Module, layers: Iterable[QuantMixin]) -> Iterator[N
             parameter.requires_grad_(requires_grad)
 
 
+@contextmanager
+def _refusing_untrainable() -> Iterator[None]:
+    """In the block what fails is the model's fault, because the options are right.
+
+    Raises:
+        StateError: The model cannot be trained, or there is not enough memory.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        raise StateError(error.message, _FIX) from error
+    except RuntimeError as error:
+        if isinstance(error, QdqError):
+            raise
+        raise StateError(f"the model cannot be trained: {error}", _FIX) from error
+
+
 def _train(
     model: nn.Module,
     objective: Objective,
@@ -207,26 +225,14 @@ def _train(
 
     Returns:
         The loss of each step.
-
-    Raises:
-        StateError: The model cannot be trained.
     """
     losses = []
+    trainer = Trainer(model, objective, schedule, steps)
     try:
-        trainer = Trainer(model, objective, schedule, steps)
-        try:
-            for _ in tqdm(range(steps), desc="fine-tune", unit="step", disable=None):
-                losses.append(trainer.run_step(_draw(inputs, batch_size)))
-        finally:
-            trainer.finish()
-    except (
-        ArgumentError
-    ) as error:  # the options are right, so it is the model that does not fit them
-        raise StateError(error.message, _FIX) from error
-    except RuntimeError as error:
-        if isinstance(error, QdqError):
-            raise
-        raise StateError(f"the model cannot be trained: {error}", _FIX) from error
+        for _ in tqdm(range(steps), desc="fine-tune", unit="step", disable=None):
+            losses.append(trainer.run_step(_draw(inputs, batch_size)))
+    finally:
+        trainer.finish()
     return losses
 
 

@@ -227,7 +227,7 @@ def test_wrong_states(net, samples):
         tune(half, fitted[:8].half())
     for _, quantizer in named_quantizers(net):
         quantizer.disable()
-    with pytest.raises(qdq.StateError, match="no layer in int8"):
+    with pytest.raises(qdq.StateError, match="no quantized layer"):
         tune(net, fitted)
 
 
