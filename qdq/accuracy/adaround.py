@@ -353,7 +353,8 @@ class _Problem:
         self, weight: torch.Tensor, quantizer: TensorQuantizer, product: Product, sample: Sample
     ) -> None:
         output = product.compute(weight=weight)
-        rows = product.rows_of(output)[sample.positions].float()
+        all_rows = product.rows_of(output)
+        rows = all_rows[sample.positions].float()
         x = product.patches_at(sample.positions, output.shape).float()  # [groups, N, K]
         groups, count, size = x.shape
         residual = _by_group(sample.rows - rows, groups)
@@ -371,8 +372,9 @@ class _Problem:
         fit = _LeastSquares(x, residual, counted)
         move = torch.zeros_like(self._weight)
         if size <= _MOST_WEIGHTS:
-            rank = sample.positions.argsort().argsort()  # positions of one sample are neighbours
-            move = fit.choose_move(rank * HELD_OUT >= count * (HELD_OUT - 1))
+            num_fitted = len(output) - len(output) // HELD_OUT
+            positions_of_sample = len(all_rows) // len(output)
+            move = fit.choose_move(sample.positions >= num_fitted * positions_of_sample)
         self._residual_error = fit.error(move)
 
         # A few samples do not determine many weights: then the elements off the diagonal count less. Pixels of an image
