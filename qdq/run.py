@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.files import (
     PARTIAL_GLOB,
     File,
@@ -945,7 +945,10 @@ def require_seed(seed: int) -> None:
 
     Raises:
         ArgumentError: Below 0 or above 2^32 - 1.
+        ArgumentTypeError: What is no integer.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ArgumentTypeError(f"seed is {seed!r}, a {type(seed).__name__}.", "give an integer.")
     if not 0 <= seed < 2**32:
         raise ArgumentError(f"seed is {seed}; it must be 0 to {2**32 - 1}.", "choose another seed.")
 

@@ -90,10 +90,10 @@ class Row:
 
     @property
     def has_faults(self) -> bool:
-        """Whether a file differs or breaks a rule, or an engine has another type than promised."""
+        """Whether a file differs or breaks a rule, an engine has another type than promised or attention in pieces."""
         are_equal = all(parity.is_equal for parity in self.parities)
-        others = any(engine.others for engine in self.engines)
-        return not are_equal or bool(self.problems) or others
+        are_as_promised = not any(engine.others or engine.split for engine in self.engines)
+        return not are_equal or bool(self.problems) or not are_as_promised
 
 
 def verify_fp8(

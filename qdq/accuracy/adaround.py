@@ -53,6 +53,7 @@ from qdq.forward import require_model
 from qdq.nn import QuantMixin
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.quantizer import TensorQuantizer
+from qdq.run import require_seed
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +163,13 @@ def round_weights(
         The rounded and the skipped layers, with the SQNR before and after.
 
     Raises:
-        ArgumentError: A reference with other layers, or an unknown output.
-        ArgumentTypeError: One tensor or dictionary instead of batches.
+        ArgumentError: A reference with other layers, an unknown output, or a seed out of range.
+        ArgumentTypeError: One tensor or dictionary instead of batches, or a seed that is no integer.
         DataError: No batch, or batches that differ in shape.
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf; in `torch.inference_mode`.
     """
     require_model(model)
+    require_seed(seed)
     if torch.is_inference_mode_enabled():
         raise StateError(
             "in torch.inference_mode there are no gradients.", "round the weights outside of it."

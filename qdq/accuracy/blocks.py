@@ -60,6 +60,7 @@ from qdq.nn import QuantMixin
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.quantize import own_tensor
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
+from qdq.run import require_seed
 from qdq.units import name_block
 
 logger = logging.getLogger(__name__)
@@ -193,11 +194,12 @@ def reconstruct_blocks(
 
     Raises:
         ArgumentError: A reference with other layers, an unknown output, or an option out of range.
-        ArgumentTypeError: One tensor or dictionary instead of batches.
+        ArgumentTypeError: One tensor or dictionary instead of batches, or a seed that is no integer.
         DataError: Fewer than four samples, or batches that differ in shape.
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf; in `torch.inference_mode`.
     """
     require_model(model)
+    require_seed(seed)
     options = _Options(steps, batch_size, drop, seed)
     if torch.is_inference_mode_enabled():
         raise StateError(

@@ -246,13 +246,12 @@ class _Options:
     optimizer: MakeOptimizer | None
 
     def __post_init__(self) -> None:
-        for name in ("seed", "measure_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | None):
-                raise ArgumentTypeError(
-                    f"{name} is {value!r}, a {type(value).__name__}.", "give an integer."
-                )
         require_seed(self.seed)
+        value = self.measure_every
+        if isinstance(value, bool) or not isinstance(value, int | None):
+            raise ArgumentTypeError(
+                f"measure_every is {value!r}, a {type(value).__name__}.", "give an integer."
+            )
         if self.measure_every is not None and self.measure_every < 1:
             raise ArgumentError(
                 f"measure_every is {self.measure_every}; it must be 1 or more.", "leave it out."

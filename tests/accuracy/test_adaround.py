@@ -16,6 +16,8 @@ from pretended_device import list_waits, watch
 from torch import nn
 
 from qdq import (
+    ArgumentError,
+    ArgumentTypeError,
     QuantDescriptor,
     StateError,
     calibrate_model,
@@ -201,6 +203,13 @@ def test_the_same_seed_gives_the_same_weights(quantized, images):
     round_weights(quantized, [images])
     round_weights(twin, [images])
     assert torch.equal(quantized.conv._parameters["weight"], twin.conv._parameters["weight"])
+
+
+@pytest.mark.parametrize("seed", [1.5, True, "0", -1])
+@pytest.mark.parametrize("learn", [round_weights, reconstruct_blocks])
+def test_wrong_seeds(quantized, images, learn, seed):
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=f"seed is {seed!r}"):
+        learn(quantized, [images], seed=seed)
 
 
 def test_reference_is_the_target(quantized, images):
