@@ -395,7 +395,7 @@ def check_run_folder(
     Raises:
         DataError: A setting names a device, a FIFO or a broken link.
         ArgumentError: The folder holds files and is not a run folder, is in use by another run, has a link or a folder
-            where a run writes a file, or cannot be written to.
+            where a run writes a file, has a link in place of the folder of a target, or cannot be written to.
     """
     folder = as_path(folder, "folder")
     guard_files(inputs=[path for path in _list_paths(settings or {}) if os.path.lexists(path)])
@@ -423,7 +423,13 @@ def check_run_folder(
                 "move it away, or choose another folder.",
             )
     for target in _list_folders_of(targets):
-        check_run_folder(folder / target)
+        target_folder = folder / target
+        if target_folder.is_symlink():  # the files that it leads to may be those of another run
+            raise ArgumentError(
+                f"{printable(target_folder)} is a link, but a run writes the files of {printable(target)} there.",
+                "move it away, or choose another folder.",
+            )
+        check_run_folder(target_folder)
 
 
 def _require_writable(folder: Path) -> None:

@@ -466,6 +466,18 @@ def test_a_folder_of_a_target_that_no_run_can_use_is_refused(tmp_path):
             start_run(tmp_path / folder, targets=("l4", "orin"))
 
 
+def test_a_link_in_place_of_the_folder_of_a_target_is_refused(tmp_path):
+    """It may lead to a finished run, whose files a run would remove."""
+    start_run(tmp_path / "other").finish()
+    write_atomic(tmp_path / "other" / "model.onnx", "of another run")
+    start_run(tmp_path / "both").finish()
+    (tmp_path / "both" / "l4").symlink_to(tmp_path / "other")
+    check_run_folder(tmp_path / "both" / "l4")  # to name it as the run folder is fine
+    with pytest.raises(ArgumentError, match="l4 is a link"):
+        start_run(tmp_path / "both", targets=("l4", "orin")).start_target("l4")
+    assert (tmp_path / "other" / "model.onnx").read_text() == "of another run"
+
+
 HOLD_TARGET = HOLD.replace(
     "start_run(sys.argv[1])", "start_run(sys.argv[1], targets=('l4', 'orin')).start_target('orin')"
 )
