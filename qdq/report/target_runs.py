@@ -35,7 +35,9 @@ class TargetSummary:
         sm: Its compute capability, 89 for 8.9.
         layers: "int8", "FP8" and "float" -> number of layers with weights.
         sqnr_db: SQNR of the outputs of the ONNX file, in dB; None if it is infinite.
-        figures: Other measures of the outputs by name: agreement and top-1 as fractions, metrics of the task.
+        agreement: Fraction of the samples with the same answer as float; None if the outputs are no classes.
+        top1: Top-1 accuracy, 0 to 1; None without labels.
+        scores: Metrics of the task by name; None if one is undefined.
         low_macs: Fraction of the MACs that the engine computes in 8 bit, 0 to 1; None if no size is known.
         engine_megabytes: Size of the engine.
         engine_sm: The compute capability that it was built for; None for the GPU of the machine.
@@ -50,7 +52,9 @@ class TargetSummary:
     sm: int
     layers: Mapping[str, int]
     sqnr_db: float | None
-    figures: Mapping[str, float | None]
+    agreement: float | None
+    top1: float | None
+    scores: Mapping[str, float | None]
     low_macs: float | None
     engine_megabytes: float
     engine_sm: int | None
@@ -66,8 +70,8 @@ class TargetSummary:
         return f"{self.target}/{PAGE_FILE}"
 
     @property
-    def cells(self) -> dict[str, str]:
-        """Title -> the figure as text."""
+    def cells(self) -> list[tuple[str, str]]:
+        """Title and text of each column. Metrics have the names that the user gave, also that of another column."""
         predicted = _NO_TIME
         if self.predicted_ms is not None:
             predicted = f"{self.predicted_ms:.3f} ms, {self.predicted_ratio:.2f}x fp16"
@@ -76,20 +80,21 @@ class TargetSummary:
             engine += " *"
         if self.missing:
             engine += f", {self.missing} not in 8 bit"
-        cells = {"target": printable(self.target), "SM": str(self.sm)}
-        cells |= {title: str(count) for title, count in self.layers.items()}
-        cells["SQNR dB"] = format_number(self.sqnr_db, ".2f", "no error")
-        for name, value in self.figures.items():
-            is_fraction = name in _FRACTIONS
-            text = format_percent(value) if is_fraction else format_number(value, ".4f")
-            cells[printable(name)] = text
-        cells["8-bit MACs"] = format_percent(self.low_macs)
-        cells |= {"engine": engine, "predicted": predicted, "findings": str(self.num_findings)}
+        cells = [("target", printable(self.target)), ("SM", str(self.sm))]
+        cells += [(title, str(count)) for title, count in self.layers.items()]
+        cells.append(("SQNR dB", format_number(self.sqnr_db, ".2f", "no error")))
+        for title, fraction in (("agreement", self.agreement), ("top-1", self.top1)):
+            if fraction is not None:
+                cells.append((title, format_percent(fraction)))
+        for name, score in self.scores.items():
+            cells.append((printable(name), format_number(score, ".4f")))
+        cells.append(("8-bit MACs", format_percent(self.low_macs)))
+        cells += [
+            ("engine", engine),
+            ("predicted", predicted),
+            ("findings", str(self.num_findings)),
+        ]
         return cells
-
-
-_FRACTIONS = {"agreement": "agreement", "top-1": "top1"}
-"""Name of a figure that is a fraction -> its field of a candidate."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +113,8 @@ class TargetRuns:
 
     def format_table(self) -> str:
         """A line for each target, then why an engine is not the one of its target."""
-        rows = [
-            list(self.targets[0].cells),
-            *(list(target.cells.values()) for target in self.targets),
-        ]
+        rows = [[title for title, _ in self.targets[0].cells]]
+        rows += [[text for _, text in target.cells] for target in self.targets]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for row in rows:
@@ -216,11 +219,6 @@ def _summarize(report: StoredReport) -> TargetSummary:
     """The figures of one target."""
     data, final = report.data, final_candidate(report)
     target, build = data["target"], data["build"]
-    figures = {}
-    for name, field in _FRACTIONS.items():
-        if final[field] is not None:
-            figures[name] = final[field]
-    figures |= final.get("scores") or {}
     census = read_census(report).values()
     macs = [entry["macs"] for entry in census if entry["macs"] is not None]
     payoff = data["check"].get("payoff")
@@ -229,7 +227,9 @@ def _summarize(report: StoredReport) -> TargetSummary:
         sm=target["sm"],
         layers={word: layers_in(report, word) for word in _PRECISIONS},
         sqnr_db=final["sqnr_db"],
-        figures=figures,
+        agreement=final["agreement"],
+        top1=final["top1"],
+        scores=final.get("scores") or {},
         low_macs=sum(macs) if macs else None,
         engine_megabytes=data["summary"]["engine_megabytes"],
         engine_sm=build["sm"],

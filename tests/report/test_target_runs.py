@@ -58,7 +58,7 @@ def test_figures(run):
     assert (l4.target, l4.sm, l4.layers) == ("l4", 89, {"int8": 1, "FP8": 2, "float": 1})
     assert (orin.target, orin.sm, orin.layers) == ("orin", 87, {"int8": 3, "FP8": 0, "float": 1})
     assert (l4.sqnr_db, orin.sqnr_db) == (21.5, 12.25)
-    assert l4.figures == {"agreement": 0.97, "top-1": 0.79}
+    assert (l4.agreement, l4.top1, l4.scores) == (0.97, 0.79, {})
     assert (l4.low_macs, orin.low_macs) == (0.75, 0.75)
     assert (l4.missing, orin.missing) == (1, 0)
     assert (l4.predicted_ms, l4.predicted_ratio) == (0.15, 2.0)
@@ -79,15 +79,36 @@ def test_a_line_for_each_target(run):
     assert note.startswith("* orin: rtx 1.7 cannot build for SM 87")
 
 
-def test_metrics_of_the_task_are_columns(run):
-    path = run / "orin" / "report.json"
+def change_candidates(path, **changes):
     report = json.loads(path.read_text())
     for candidate in report["summary"]["candidates"].values():
-        candidate |= {"scores": {"mAP": 0.43215}, "top1": None}
+        candidate |= changes
     path.write_text(json.dumps(report))
-    _, orin = load_target_runs(run).targets
-    assert orin.figures == {"agreement": 0.97, "mAP": 0.43215}
-    assert orin.cells["mAP"] == "0.4321"
+
+
+def test_metrics_of_the_task_are_columns(run):
+    for name in ("l4", "orin"):
+        change_candidates(run / name / "report.json", scores={"mAP": 0.43215}, top1=None)
+    runs = load_target_runs(run)
+    assert (runs.targets[1].agreement, runs.targets[1].top1) == (0.97, None)
+    titles, _, orin, _ = runs.format_table().splitlines()
+    assert titles.split()[5:9] == ["SQNR", "dB", "agreement", "mAP"]
+    assert orin.split()[5:9] == ["12.25", "97.0", "%", "0.4321"]
+
+
+def test_a_metric_with_the_name_of_another_column(run):
+    """Neither column replaces the other, and the metric is no fraction."""
+    scores = {"top-1": 76.1, "findings": 3.0, "SM": 5.0}
+    for name in ("l4", "orin"):
+        change_candidates(run / name / "report.json", scores=scores)
+    runs = load_target_runs(run)
+    for target in runs.targets:
+        titles = [title for title, _ in target.cells]
+        assert titles.index("SM") == 1 and titles[-1] == "findings"
+        texts = [text for title, text in target.cells if title in scores]
+        assert texts[1:5] == ["79.0 %", "76.1000", "3.0000", "5.0000"]
+        assert (texts[0], texts[5]) == (str(target.sm), str(target.num_findings))
+    assert runs.render().count('class="bad-text">1<') == 1  # the finding of orin
 
 
 def test_an_engine_of_tensorrt_is_for_this_machine(run):
