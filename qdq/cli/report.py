@@ -49,7 +49,7 @@ def report(
     default_page = _default_page(runs)
     page_file = default_page if output is None else output
     guard_command(inputs=inputs, outputs=[page_file, json], in_place=[(page_file, default_page)])
-    page, content = _render(runs, target)
+    page, content = _render(runs, target, page_file)
     print(printable(write_atomic(page_file, page), MOST_CHARACTERS))
     if json is not None:
         write_json(json, content)
@@ -65,8 +65,10 @@ def _default_page(runs: tuple[Path, ...]) -> Path:
     return folder / PAGE_FILE
 
 
-def _render(runs: tuple[Path, ...], target: tuple[Path, ...]) -> tuple[str, object]:
-    """The page, and its contents for JSON."""
+def _render(
+    runs: tuple[Path, ...], target: tuple[Path, ...], page_file: Path
+) -> tuple[str, object]:
+    """The page for a file, and its contents for JSON."""
     from qdq.report.compare import compare_runs, render_comparison
     from qdq.report.load import load_report
     from qdq.report.page import render_report
@@ -76,13 +78,13 @@ def _render(runs: tuple[Path, ...], target: tuple[Path, ...]) -> tuple[str, obje
 
     if len(runs) == 1 and list_targets(runs[0]) and not target:
         targets = load_target_runs(runs[0])
-        return targets.render(), targets.list_facts()
+        return targets.render(page_file), targets.list_facts()
     if len(runs) == 1:
         loaded = load_report(runs[0])
         results = load_targets(target, loaded.data.get("model_sha256"))
         content = dict(loaded.data)
         if results:
             content["targets"] = [result.data for result in results]
-        return render_report(loaded, results), content
+        return render_report(loaded, results, page_file), content
     comparison = compare_runs(runs)
     return render_comparison(comparison), comparison

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -21,7 +23,7 @@ from qdq.report.charts import (
     list_units,
     unit_of_gain,
 )
-from qdq.report.load import StoredReport, guarded
+from qdq.report.load import PAGE_FILE, StoredReport, guarded
 from qdq.report.sections import TypeCensus
 from qdq.report.tables import (
     list_census,
@@ -33,21 +35,49 @@ from qdq.report.tables import (
 )
 from qdq.report.targets import TargetResult, list_target_rows
 from qdq.report.wording import format_decibels, format_number, format_percent, format_state
+from qdq.run import list_targets
 from qdq.statistics.show import load_templates
 from qdq.text import printable
 
 
-def render_report(report: StoredReport, targets: Sequence[TargetResult] = ()) -> str:
+def render_report(
+    report: StoredReport, targets: Sequence[TargetResult] = (), page: Path | None = None
+) -> str:
     """Render the page of one run.
 
     Args:
         report: From `load_report` or `parse_report`.
         targets: Results of its bundle, from `load_targets`; a column each.
+        page: The file that it will be, for its links; by default the page in the run folder.
 
     Raises:
         DataError: A field is missing or has another form.
     """
-    return guarded(report.path, lambda: render("run.html", **_view(report, targets)))
+    run_page = _link_to_run(report, page or report.path.parent / PAGE_FILE)
+    return guarded(
+        report.path, lambda: render("run.html", run_page=run_page, **_view(report, targets))
+    )
+
+
+def _link_to_run(report: StoredReport, page: Path) -> str:
+    """The link to the page of all targets; "" if the run is not one of several targets, or was moved away from them.
+
+    That page is written after those of the targets.
+    """
+    folder = report.path.absolute().parent
+    if folder.name not in list_targets(folder.parent):
+        return ""
+    return link_file(folder.parent / PAGE_FILE, page)
+
+
+def link_file(path: Path, page: Path) -> str:
+    """The link to a file from the place of a page.
+
+    Args:
+        path: The file.
+        page: The page.
+    """
+    return quote(os.fsencode(os.path.relpath(path, page.parent)))
 
 
 def render(template: str, **values: Any) -> str:

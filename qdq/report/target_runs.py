@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qdq.files import to_jsonable, write_atomic, write_json
 from qdq.report.compare import TOLERANCE, Comparison, compare_runs
 from qdq.report.load import StoredReport, guarded, load_report
-from qdq.report.page import final_candidate, layers_in, read_census, render
+from qdq.report.page import final_candidate, layers_in, link_file, read_census, render
 from qdq.report.wording import format_number, format_percent
 from qdq.run import PAGE_FILE, Run, list_targets
 from qdq.text import MOST_CHARACTERS, printable
@@ -63,11 +63,6 @@ class TargetSummary:
     predicted_ms: float | None
     predicted_ratio: float | None
     num_findings: int
-
-    @property
-    def page(self) -> str:
-        """Its page, from the folder of the run."""
-        return f"{self.target}/{PAGE_FILE}"
 
     @property
     def cells(self) -> list[tuple[str, str]]:
@@ -131,14 +126,24 @@ class TargetRuns:
                 notes.append(f"* {printable(target.target)}: {printable(target.engine_note, 1000)}")
         return notes
 
-    def render(self) -> str:
-        """The page: the table, and the comparison of the targets."""
+    def render(self, page: Path) -> str:
+        """The page: the table with links to the pages of the targets, and the comparison of the targets.
+
+        Args:
+            page: The file that it will be, for the links.
+        """
+        links = {}
+        for target in self.targets:
+            target_page = self.folder / target.target / PAGE_FILE
+            if target_page.is_file():
+                links[target.target] = link_file(target_page, page)
         return render(
             "compare.html",
             title=f"{len(self.targets)} targets side by side",
             comparison=self.comparison,
             tolerance=TOLERANCE,
             targets=self,
+            links=links,
         )
 
     def list_facts(self) -> dict[str, Any]:
@@ -190,7 +195,7 @@ def write_targets(run: Run, reports: Sequence[Report]) -> TargetsReport:
     text = "\n".join(lines)
 
     path = write_json(run.report_file, runs.list_facts())
-    page = write_atomic(run.page_file, runs.render())
+    page = write_atomic(run.page_file, runs.render(run.page_file))
     write_atomic(run.text_file, text + "\n")
     run.finish()
     print(f"\n{text}", flush=True)

@@ -1,6 +1,8 @@
 """The table of a run for several targets: its figures are those of the reports, and readers of one report say so."""
 
 import json
+import re
+from urllib.parse import unquote
 
 import pytest
 from made_report import make_report
@@ -108,7 +110,7 @@ def test_a_metric_with_the_name_of_another_column(run):
         texts = [text for title, text in target.cells if title in scores]
         assert texts[1:5] == ["79.0 %", "76.1000", "3.0000", "5.0000"]
         assert (texts[0], texts[5]) == (str(target.sm), str(target.num_findings))
-    assert runs.render().count('class="bad-text">1<') == 1  # the finding of orin
+    assert runs.render(run / "report.html").count('class="bad-text">1<') == 1  # the finding of orin
 
 
 def test_an_engine_of_tensorrt_is_for_this_machine(run):
@@ -120,13 +122,17 @@ def test_an_engine_of_tensorrt_is_for_this_machine(run):
     assert "builds for the GPU of this machine" in l4.engine_note
 
 
-def test_the_page_is_written_again(run, tmp_path, capsys):
+def write_page(*arguments):
     with pytest.raises(SystemExit) as end:
-        main(["report", str(run), "--json", str(tmp_path / "targets.json")])
+        main(["report", *map(str, arguments)])
     assert end.value.code == 0
+
+
+def test_the_page_is_written_again(run, tmp_path, capsys):
+    write_page(run, "--json", tmp_path / "targets.json")
     page = (run / "report.html").read_text()
     assert capsys.readouterr().out.strip() == str(run / "report.html")
-    assert '<section id="targets"' in page and '<a href="l4/report.html">l4</a>' in page
+    assert '<section id="targets"' in page
     assert "0.150 ms, 2.00x fp16" in page and "not predicted" in page
     assert "2 targets side by side" in page
     facts = json.loads((tmp_path / "targets.json").read_text())
@@ -134,12 +140,34 @@ def test_the_page_is_written_again(run, tmp_path, capsys):
     assert [target["sqnr_db"] for target in facts["targets"]] == [21.5, 12.25]
 
 
-def test_the_page_of_a_target_leads_back(run, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(run / "orin")])
-    assert end.value.code == 0
-    page = (run / "orin" / "report.html").read_text()
-    assert 'for orin (SM 87); <a href="../report.html">all targets of this run</a>' in page
+def list_links(page):
+    """The files that a page links to, and the texts of the links."""
+    links = re.findall('<a href="([^#"]*)">(.*?)</a>', page.read_text())
+    return [((page.parent / unquote(link)).resolve(), text) for link, text in links]
+
+
+def test_links_lead_from_the_place_of_the_page(run, tmp_path, monkeypatch):
+    moved = tmp_path / "of: 50%" / "several"
+    moved.parent.mkdir()
+    run = run.rename(moved)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for output in ((), ("-o", "elsewhere/page.html")):
+        write_page(run / "orin", *output)
+        page = tmp_path / output[1] if output else run / "orin" / "report.html"
+        assert "for orin (SM 87); <a " in page.read_text()
+        assert list_links(page) == [(run / "report.html", "all targets of this run")]
+    for output in ((), ("-o", "elsewhere/page.html")):
+        write_page(run, *output)
+        page = tmp_path / output[1] if output else run / "report.html"
+        assert list_links(page) == [(run / "orin" / "report.html", "orin")]  # l4 has no page yet
+
+
+def test_the_page_of_a_target_that_was_copied_elsewhere_has_no_link(run, tmp_path):
+    (run / "orin").rename(tmp_path / "orin")
+    write_page(tmp_path / "orin")
+    assert "for orin (SM 87). " in (tmp_path / "orin" / "report.html").read_text()
+    assert list_links(tmp_path / "orin" / "report.html") == []
 
 
 READERS = (
