@@ -77,7 +77,8 @@ def ptq(
         target: The GPU that formats are chosen for and that the engine is built for: t4, a10, orin, l4, rtx40, h100,
             thor, rtx50 or another that --gpu takes. By default that of --sm. Of several, each gets a folder in the run
             folder, from one calibration.
-        precision: Type of the float layers in the exported file; auto is fp16 for fp8 and fp32 for int8.
+        precision: Type of the float layers in the exported file; auto is fp16 if any layer is in FP8, else fp32, for
+            each target by itself.
         batch_size: Images per batch; your own batches come as they are.
         image_size: Side of the images that the model gets, in pixels; by default that of the model. For classifiers,
             detectors and segmentation.

@@ -113,10 +113,14 @@ def test_each_target_is_as_alone_also_after_a_kill(tmp_path, arguments):
         macs = [census["macs"] for census in report["summary"]["census"].values()]
         assert entry["low_macs"] == pytest.approx(sum(macs))
         assert entry["predicted_ms"] > 0
+        has_fp16 = report["export"]["precision"] is not None
+        assert has_fp16 == (entry["target"] == "l4")  # orin has no FP8
     assert table[0]["sqnr_db"] > table[1]["sqnr_db"] + 3  # the outliers
     text = (folder / "report.txt").read_text()
     assert "orin: rtx" in text and "cannot build for SM 87" in text
-    assert '<section id="targets"' in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert '<section id="targets"' in page and '<a href="l4/report.html">' in page
+    assert '<a href="../report.html">' in (folder / "l4" / "report.html").read_text()
 
 
 @pytest.mark.trt
