@@ -197,17 +197,26 @@ def test_apply_refuses_what_the_model_has_not(block):
 
 
 def test_diff(tmp_path, capsys):
-    first = Plan({"a": PlanEntry("int8"), "b": PlanEntry("float"), "c": PlanEntry("int8")})
+    first = Plan(
+        {
+            "a": PlanEntry("int8"),
+            "b": PlanEntry("float"),
+            "c": PlanEntry("int8"),
+            "e": PlanEntry("fp8"),
+        }
+    )
     second = Plan(
         {
             "b": PlanEntry("int8", "edited"),
             "c": PlanEntry("int8", gain=2.0),
             "d": PlanEntry("float"),
+            "e": PlanEntry("int8"),
         }
     )
     assert diff_plans(first, second) == [
         PlanChange("a", "int8", None),
         PlanChange("b", "float", "int8"),
+        PlanChange("e", "fp8", "int8"),
         PlanChange("d", None, "float"),
     ]
     paths = [
@@ -217,7 +226,7 @@ def test_diff(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["plan", "diff", *paths])
     assert stop.value.code == 1
-    assert "b  float -> int8" in capsys.readouterr().out
+    assert "b  float -> int8\ne  fp8 -> int8\n" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(["plan", "diff", paths[0], paths[0]])
     assert stop.value.code == 0

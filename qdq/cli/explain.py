@@ -1,4 +1,4 @@
-"""`qdq explain`: why one layer runs in int8 or float."""
+"""`qdq explain`: why one layer runs in int8, FP8 or float."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def explain(run: Path, layer: str, /, *, json: Path | None = None) -> int:
-    """Show why a layer runs in int8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
+    """Show why a layer runs in int8, FP8 or float, with its ranges, errors, kernel and neighbours. Needs no torch.
 
     For example:
 

@@ -1,4 +1,4 @@
-"""`qdq plan`: what runs in int8 and what in float."""
+"""`qdq plan`: what runs in int8, FP8 and float."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import cyclopts
 
 plan = cyclopts.App(
-    name="plan", help="Plans: which layer runs in int8 and which in float (plan.yaml of a run)."
+    name="plan", help="Plans: which layer runs in int8, FP8 or float (plan.yaml of a run)."
 )
 
 
