@@ -42,7 +42,7 @@ def test_the_device_is_printed_and_part_of_the_environment(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("change", "is_kept"),
+    ("change", "is_continued"),
     [
         ({}, True),
         ({"seed": 4}, False),
@@ -51,15 +51,15 @@ def test_the_device_is_printed_and_part_of_the_environment(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, is_kept):
+def test_what_was_collected_is_kept_for_the_same_run_only(tmp_path, change, is_continued):
     options = {"seed": 3, "settings": {"model": "x", "output": tmp_path}}
     run = start_run(tmp_path / "run", **options)
     write_atomic(run.folder / "calibration.safetensors", "half")
     write_atomic(run.folder / "tuning" / "state.safetensors", "half")
     write_atomic(run.folder / "model.onnx", "stale")
     again = start_run(tmp_path / "run", **(options | change))
-    assert (again.folder / "calibration.safetensors").exists() == is_kept
-    assert (again.folder / "tuning").exists() == is_kept
+    assert (again.folder / "calibration.safetensors").exists() == is_continued
+    assert (again.folder / "tuning").exists() == is_continued
     assert not (again.folder / "model.onnx").exists()
     again.finish()
     start_run(tmp_path / "run", **(options | change))
@@ -419,8 +419,8 @@ def test_one_target_has_no_folder_of_its_own(tmp_path, targets):
     run.finish()
 
 
-@pytest.mark.parametrize(("seed", "is_kept"), [(3, True), (4, False)])
-def test_a_run_that_continues_continues_each_target(tmp_path, seed, is_kept):
+@pytest.mark.parametrize(("seed", "is_continued"), [(3, True), (4, False)])
+def test_a_run_that_continues_continues_each_target(tmp_path, seed, is_continued):
     """Also a target that is finished: until the run is, its state of the accuracy passes is kept."""
     run = start_run(tmp_path, **SEVERAL)
     for target in SEVERAL["targets"]:
@@ -430,7 +430,7 @@ def test_a_run_that_continues_continues_each_target(tmp_path, seed, is_kept):
         part.finish()
     again = start_run(tmp_path, **(SEVERAL | {"seed": seed}))
     remaining = again.start_target("l4")
-    files = {"run.json", "run.log"} | ({"recovery.safetensors"} if is_kept else set())
+    files = {"run.json", "run.log"} | ({"recovery.safetensors"} if is_continued else set())
     assert list_files(remaining.folder) == files
     remaining.finish()
     again.start_target("orin").finish()
@@ -449,9 +449,9 @@ def test_targets_of_an_earlier_run_are_removed_and_nothing_else(tmp_path):
     start_run(tmp_path / "mine").finish()
     write_atomic(tmp_path / "mine" / "model.onnx", "of another run")
     start_run(tmp_path, targets=("t4",)).finish()
-    own = {"mine/run.json", "mine/run.log", "mine/model.onnx", "run.json", "run.log"}
+    files_of_runs = {"mine/run.json", "mine/run.log", "mine/model.onnx", "run.json", "run.log"}
     # What is left of orin is still known as a folder of a run, which may use it again.
-    assert list_files(tmp_path) == {"orin/notes.txt", "orin/run.json", *own}
+    assert list_files(tmp_path) == {"orin/notes.txt", "orin/run.json", *files_of_runs}
     check_run_folder(tmp_path, targets=("l4", "orin"))
 
 

@@ -99,7 +99,7 @@ def trace_costs(model: nn.Module, batch: Any) -> tuple[ForwardTrace, dict[str, L
     return trace, costs
 
 
-def count_own_macs(costs: Mapping[str, LayerCost], layers: Iterable[str]) -> dict[str, int]:
+def count_exclusive_macs(costs: Mapping[str, LayerCost], layers: Iterable[str]) -> dict[str, int]:
     """MACs of each layer without those of the layers inside it, such as `out_proj` of an attention.
 
     Args:
@@ -107,12 +107,12 @@ def count_own_macs(costs: Mapping[str, LayerCost], layers: Iterable[str]) -> dic
         layers: Dotted names of modules and calls. One that is not in `costs` has no product, and is left out.
     """
     macs = {name: costs[name].macs for name in layers if name in costs}
-    own_macs = dict(macs)
+    exclusive_macs = dict(macs)
     for name, inner_macs in macs.items():
         parent = _find_parent(name, macs)
         if parent is not None:
-            own_macs[parent] -= inner_macs
-    return own_macs
+            exclusive_macs[parent] -= inner_macs
+    return exclusive_macs
 
 
 def _find_parent(name: str, layers: Collection[str]) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from qdq.analyze.cost import LayerCost, SwitchCost, count_own_macs
+from qdq.analyze.cost import LayerCost, SwitchCost, count_exclusive_macs
 from qdq.analyze.gradients import has_gradients
 from qdq.analyze.options import Options
 from qdq.analyze.probe import Probe, Value
@@ -605,7 +605,7 @@ class _UnitCosts:
         self.total = costs[""].macs if costs else 0
         """MACs of the whole model on one batch."""
         layers = [layer for unit in units for layer in unit.layers]
-        self._macs = count_own_macs(costs, [*layers, *pinned])
+        self._macs = count_exclusive_macs(costs, [*layers, *pinned])
         self._times = times
         self.has_times = bool(times)
         """Whether the times of layers are known."""
