@@ -6,7 +6,8 @@ The statistics of calibration are the same for both formats, so one pass serves 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,16 +36,18 @@ from qdq.formats import (
     NumBits,
     require_precisions,
 )
-from qdq.forward import require_model, trace_forward
+from qdq.forward import ForwardTrace, require_model, trace_forward
 from qdq.metrics import decide_db, pair_arrays, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.observers.solve import require_method
 from qdq.outputs import Mask, Selection
 from qdq.predictor import predict
-from qdq.quantizer import TensorQuantizer, disable_quantization
+from qdq.quantizer import TensorQuantizer, disable_quantization, disable_until_exit
 from qdq.rewire import list_attention
 from qdq.statistics import Statistics
-from qdq.units import Unit, find_units, group_units, match_precisions
+from qdq.units import Unit, disable_idle, find_units, group_units, join_units, match_precisions
+
+_PINNED = "pinned by the plan"
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,9 @@ def choose_formats(
         sm: Compute capability of the target, 89 for 8.9.
         method: Method of the ranges of activations, for both formats; one that FP8 has.
         weight_method: Method of the ranges of weights.
-        pinned: Layer, or pattern of layers -> its precision, "int8", "fp8" or "float", decided already; "float" decides
-            nothing here.
+        pinned: Layer, or pattern of layers -> its precision, "int8", "fp8" or "float", decided already. Layers pinned
+            to float are off during the choice, with the calls that serve only them, and on again after it:
+            `apply_plan` and `analyze_layers` switch them off.
         earlier: Choices for other GPUs, in copies of this model on these batches and with these pins: one in which the
             same layers could have both formats is taken as it is.
         outputs: As for `predict`.
@@ -181,13 +185,17 @@ def choose_formats(
         decided = match_precisions(model, [unit.name for unit in units], pinned)
         groups = _list_groups(model, units, Dataflow(trace), sm)
         pins = [_find_pin(group, decided) for group in groups]
+        left_out = _list_left_out(model, units, decided, trace)
+        rests = [_leave_out(group, units, left_out) for group in groups]
 
         ranges = _Ranges(model, groups, statistics, method, weight_method)
         _return_to_int8(groups, ranges)
-        trial = _Trial(model, samples, groups, ranges, outputs, mask)
-        search = _Search(groups, pins, trial, earlier)
+        trial = _Trial(model, samples, rests, ranges, outputs, mask)
+        search = _Search(rests, pins, trial, earlier)
         try:
-            search.run()
+            with ExitStack() as undo:
+                _disable_units(units, left_out, undo)
+                search.run()
         finally:
             _set_formats(groups, search.formats, ranges)
         _require_one_format(groups)
@@ -232,6 +240,8 @@ class _Group:
         formats: The formats that it can have.
         reason: Why it cannot have the others; "" if it can have int8 and FP8.
         is_attention: Whether it is a product of attention.
+        left_out: Layers and calls of the group that are float during the search, which `unit` and `products` do not
+            have -> why.
     """
 
     unit: Unit
@@ -239,6 +249,7 @@ class _Group:
     formats: tuple[str, ...]
     reason: str
     is_attention: bool
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def operands(self) -> tuple[TensorQuantizer, ...]:
@@ -365,6 +376,49 @@ def _find_pin(group: _Group, decided: Mapping[str, str]) -> str | None:
             f"pin it to {' or '.join(dict.fromkeys([*group.formats, FLOAT]))}.",
         )
     return pin
+
+
+def _list_left_out(
+    model: nn.Module, units: list[Unit], decided: Mapping[str, str], trace: ForwardTrace
+) -> dict[str, str]:
+    """The layers and calls that will be float because a plan sets them or all their readers to it -> why.
+
+    Args:
+        model: The model.
+        units: Its layers and calls.
+        decided: Layer -> its precision in the plan.
+        trace: The record of a float forward.
+    """
+    left_out = {name: _PINNED for name, precision in decided.items() if precision == FLOAT}
+    if not left_out:
+        return {}
+    with ExitStack() as undo:
+        _disable_units(units, left_out, undo)
+        for name in disable_idle(model, trace, undo):
+            left_out[name] = "nothing quantized reads its result"
+    return left_out
+
+
+def _disable_units(units: list[Unit], names: Container[str], undo: ExitStack) -> None:
+    """Switch off some layers and calls until `undo` is closed."""
+    for unit in units:
+        if unit.name in names:
+            disable_until_exit(unit.quantizers, undo)
+
+
+def _leave_out(group: _Group, units: list[Unit], left_out: Mapping[str, str]) -> _Group:
+    """The part of a group that the search quantizes; its formats are those of the whole group.
+
+    Args:
+        group: The group.
+        units: All layers and calls of the model.
+        left_out: Those that are left out -> why.
+    """
+    members = [unit for unit in units if unit.name in group.unit.layers]
+    rest = join_units(group.unit.name, [unit for unit in members if unit.name not in left_out])
+    products = {name: group.products[name] for name in rest.layers if name in group.products}
+    reasons = {unit.name: left_out[unit.name] for unit in members if unit.name in left_out}
+    return replace(group, unit=rest, products=products, left_out=reasons)
 
 
 def _return_to_int8(groups: list[_Group], ranges: _Ranges) -> None:
@@ -560,7 +614,7 @@ class _Search:
     """Chooses the formats of the groups that are free to have both.
 
     Args:
-        groups: All groups; those that can be int8 are int8.
+        groups: All groups, without the layers that are left out; those that can be int8 are int8.
         pins: The format that a plan sets for each group; None if it sets none.
         trial: Measures the model.
         earlier: As for `choose_formats`.
@@ -586,7 +640,7 @@ class _Search:
         self.formats = [pin or group.formats[0] for group, pin in zip(groups, pins, strict=True)]
         self._free = []
         for index, (group, pin) in enumerate(zip(groups, pins, strict=True)):
-            if pin is None and len(group.formats) > 1:
+            if pin is None and len(group.formats) > 1 and group.unit.layers:
                 self._free.append(index)
 
     def run(self) -> None:
@@ -648,6 +702,9 @@ class _Search:
         """The result, with the reason of each choice."""
         choices = []
         for index, group in enumerate(self._groups):
+            choices += _describe_left_out(group)
+            if not group.unit.layers:
+                continue
             alone = self._alone.get(index, {})
             choices.append(
                 LayerFormat(
@@ -672,11 +729,20 @@ class _Search:
         if len(group.formats) == 1:
             return group.reason
         if self._pins[index] is not None:
-            return "pinned by the plan"
+            return _PINNED
         alone = self._alone[index]
         if alone[self.formats[index]] == max(alone.values()):
             return "the smaller error"
         return "the smaller error together with the other layers"
+
+
+def _describe_left_out(group: _Group) -> list[LayerFormat]:
+    """One entry for each reason."""
+    entries = []
+    for reason in dict.fromkeys(group.left_out.values()):
+        layers = [name for name, other in group.left_out.items() if other == reason]
+        entries.append(LayerFormat(tuple(layers), FLOAT, reason))
+    return entries
 
 
 def _require_one_format(groups: list[_Group]) -> None:

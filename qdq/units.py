@@ -362,11 +362,11 @@ def _merge(units: list[Unit], keys: list[str]) -> list[Unit]:
     members: dict[str, list[Unit]] = {}
     for unit, key in zip(units, keys, strict=True):
         members.setdefault(key, []).append(unit)
-    return [_join_units(key, group) for key, group in members.items()]
+    return [join_units(key, group) for key, group in members.items()]
 
 
-def _join_units(name: str, units: list[Unit]) -> Unit:
-    """Join several units into one."""
+def join_units(name: str, units: list[Unit]) -> Unit:
+    """Join units into one, which is empty without any."""
     layers: list[str] = []
     calls: list[str] = []
     quantizers: list[TensorQuantizer] = []

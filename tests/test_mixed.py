@@ -158,6 +158,75 @@ def test_plan_and_pins(inputs, tmp_path):
     assert qdq.load_plan(path).precisions == plan.precisions
 
 
+class Heads(nn.Module):
+    """Two of the layers have one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(32, 32)
+        self.query = nn.Linear(32, 32)
+        self.key = nn.Linear(32, 32)
+        self.last = nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.query(x)) + torch.tanh(self.key(x)))
+
+
+class Resized(nn.Module):
+    """A resize that only the last layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(16, 16, 3)
+        self.second = nn.Conv2d(16, 16, 3)
+        self.last = nn.Conv2d(16, 16, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.second(torch.tanh(self.first(x.reshape(-1, 16, 8, 8)))))
+        return self.last(F.interpolate(x, scale_factor=2.0)).mean((2, 3))
+
+
+def chain():
+    return nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
+
+
+@pytest.mark.parametrize(
+    ("build", "pins"), [(chain, ["3"]), (Heads, ["key"]), (Heads, ["[fk]*"]), (Resized, ["last"])]
+)
+def test_a_layer_pinned_to_float_is_float_while_the_others_are_chosen(build, pins, tmp_path):
+    torch.manual_seed(3)
+    model = build().eval()
+    without = copy.deepcopy(model)
+    x = torch.randn(64, 32)
+    x[0, 0] = 20.0
+    expected = model(x).detach().numpy()
+    statistics = calibrate(model, x, tmp_path)
+    pinned = dict.fromkeys(pins, "float")
+    choice = choose(model, x, statistics, pinned=pinned)
+
+    # The choice in a model without these quantizers.
+    qdq.swap_modules(without, x, exclude=pins, formats=BOTH)
+    qdq.rewire_operations(without, x, exclude=pins, formats=BOTH)
+    qdq.calibrate_model(without, [x], method="max", statistics=tmp_path / "without.safetensors")
+    truth = choose(without, x, qdq.Statistics.load(tmp_path / "without.safetensors"))
+    chosen = {name: form for name, form in choice.formats.items() if form != "float"}
+    assert chosen == truth.formats
+    for figure in ("int8_db", "fp8_db", "chosen_db"):
+        assert getattr(choice, figure) == pytest.approx(getattr(truth, figure), abs=1e-6)
+    reasons = {name: entry.reason for entry in choice.choices for name in entry.layers}
+    floats = choice.formats.keys() - chosen.keys()
+    assert all(reasons[name] == "pinned by the plan" for name in floats - {"interpolate"})
+    assert reasons.get("interpolate", "nothing quantized reads its result").startswith("nothing")
+
+    # For another GPU the choice is the same. The analysis finds all layers on, and agrees on those in float.
+    again = choose(model, x, statistics, pinned=pinned, sm=120, earlier=[choice])
+    assert again == replace(choice, sm=120)
+    plan = qdq.analyze_layers(model, [x], pinned=pinned).plan
+    assert {name for name, form in plan.precisions.items() if form == "float"} == floats
+    assert sqnr_db(expected, model(x).detach().numpy()) == pytest.approx(choice.chosen_db, abs=1e-6)
+
+
 def test_what_does_not_fit_is_refused(inputs, tmp_path):
     model = Outliers().eval()
     statistics = calibrate(model, inputs, tmp_path)
