@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from qdq.forward import ForwardTrace, require_model, trace_forward
 from qdq.metrics import decide_db, pair_arrays, sqnr_db
 from qdq.nn import QuantMixin
 from qdq.observers.solve import require_method
-from qdq.outputs import Mask, Selection
+from qdq.outputs import Mask, OutputView, Selection
 from qdq.predictor import predict
 from qdq.quantizer import TensorQuantizer, disable_quantization, disable_until_exit
 from qdq.rewire import list_attention
@@ -134,6 +135,7 @@ def choose_formats(
     earlier: Sequence[FormatChoice] = (),
     outputs: Selection | None = None,
     mask: Mask | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> FormatChoice:
     """Give each layer int8 or FP8, so that the outputs of the whole model have a small error; in place.
 
@@ -160,13 +162,15 @@ def choose_formats(
             same layers could have both formats is taken as it is.
         outputs: As for `predict`.
         mask: As for `predict`.
+        weights: Weight of each output where one figure decides; None: the worst decides.
 
     Returns:
         The format of each layer, with the SQNR of both.
 
     Raises:
         ArgumentError: An unknown precision or method, a method that FP8 does not have, a name that nothing quantized
-            has, or a format that a pinned layer cannot have; nothing is changed then.
+            has, a format that a pinned layer cannot have, or a weight for an output that does not exist; nothing is
+            changed then.
         ArgumentTypeError: `sm` is not a whole number.
         StateError: Nothing is quantized, a quantizer has no range, or a call without a weight was rewired for FP8
             alone.
@@ -177,6 +181,7 @@ def choose_formats(
     _require_sm(sm)
     pinned = pinned or {}
     require_precisions(pinned)
+    view = OutputView(outputs, mask, weights)
     samples = list_filled_batches(batches)
     with redoing_passes(model):
         with disable_quantization(model):
@@ -189,8 +194,8 @@ def choose_formats(
         rests = [_leave_out(group, units, left_out) for group in groups]
 
         ranges = _Ranges(model, groups, statistics, method, weight_method)
+        trial = _Trial(model, samples, rests, ranges, view)
         _return_to_int8(groups, ranges)
-        trial = _Trial(model, samples, rests, ranges, outputs, mask)
         search = _Search(rests, pins, trial, earlier)
         try:
             with ExitStack() as undo:
@@ -556,8 +561,10 @@ class _Trial:
         samples: The batches.
         groups: Its groups.
         ranges: Changes formats.
-        outputs: As for `predict`.
-        mask: As for `predict`.
+        view: The outputs that count.
+
+    Raises:
+        ArgumentError: A weight for an output that does not exist.
     """
 
     def __init__(
@@ -566,16 +573,15 @@ class _Trial:
         samples: list[Any],
         groups: list[_Group],
         ranges: _Ranges,
-        outputs: Selection | None,
-        mask: Mask | None,
+        view: OutputView,
     ) -> None:
         self._model = model
-        self._samples = samples
         self._groups = groups
         self._ranges = ranges
-        self._view: dict[str, Any] = {"outputs": outputs, "mask": mask}
+        self._run = partial(predict, batches=samples, outputs=view.outputs, mask=view.mask)
         with disable_quantization(model):
-            self._expected = predict(model, samples, **self._view)
+            self._expected = self._run(model)
+        self._weights = view.weigh(list(pair_arrays(self._expected, self._expected)))
 
     def measure_alone(self, group: _Group) -> dict[str, float]:
         """SQNR in dB with only this group quantized, by its format; it is int8 before and after."""
@@ -603,11 +609,11 @@ class _Trial:
             return self._measure()
 
     def _measure(self) -> float:
-        outputs = predict(self._model, self._samples, **self._view)
+        outputs = self._run(self._model)
         decibels = {}
         for name, pair in pair_arrays(self._expected, outputs).items():
             decibels[name] = sqnr_db(*pair)
-        return decide_db(decibels)
+        return decide_db(decibels, self._weights)
 
 
 class _Search:

@@ -184,6 +184,7 @@ def ptq(
                 pinned=None if pinned is None else pinned.precisions,
                 earlier=choices,
                 **view,
+                weights=workload.output_weights,
             )
             choices.append(choice)
             target_judge.measure(f"formats for SM {current.sm}", net)

@@ -177,6 +177,7 @@ def qat(
             method="mse" if calib_method == "best" else calib_method,
             pinned=None if pinned is None else pinned.precisions,
             **view,
+            weights=workload.output_weights,
         )
         judge.measure(f"formats for SM {built_for.sm}", net)
 

@@ -227,6 +227,32 @@ def test_a_layer_pinned_to_float_is_float_while_the_others_are_chosen(build, pin
     assert sqnr_db(expected, model(x).detach().numpy()) == pytest.approx(choice.chosen_db, abs=1e-6)
 
 
+class TwoOutputs(nn.Module):
+    """The first row, which has an outlier, and the others, whose error is large if int8 has its range."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.first(x)
+        return {"outlier": x[:1], "others": x[1:]}
+
+
+def test_weights_say_which_outputs_decide(inputs, tmp_path):
+    inputs[0, 0] = 40.0
+    model = TwoOutputs().eval()
+    expected = model(inputs)["outlier"].detach().numpy()
+    statistics = calibrate(model, inputs, tmp_path)
+    with pytest.raises(ArgumentError, match="weights names other;"):
+        choose(model, inputs, statistics, weights={"other": 1.0})
+    assert choose(model, inputs, statistics).formats == {"first": "fp8"}
+    choice = choose(model, inputs, statistics, weights={"outlier": 1.0})
+    assert choice.formats == {"first": "int8"}
+    output = model(inputs)["outlier"].detach().numpy()
+    assert sqnr_db(expected, output) == pytest.approx(choice.chosen_db, abs=1e-3)
+
+
 def test_what_does_not_fit_is_refused(inputs, tmp_path):
     model = Outliers().eval()
     statistics = calibrate(model, inputs, tmp_path)

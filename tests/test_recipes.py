@@ -508,6 +508,46 @@ def test_what_is_read_from_the_run_folder_is_still_there_when_the_run_ends(
     assert not (folder / "model.onnx").exists()
 
 
+TWO_OUTPUTS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.first(x)
+        return {"left": y, "right": y * y}
+
+
+def batches():
+    return [torch.ones(2, 16)] * 3
+"""
+
+
+@pytest.mark.parametrize("recipe", ["ptq", "qat"])
+def test_the_weights_of_outputs_count_when_formats_are_chosen(tmp_path, monkeypatch, recipe):
+    import qdq
+    from qdq.cli import main
+
+    chosen = []
+
+    def stop(*_, **options):
+        chosen.append(options["weights"])
+        raise qdq.StateError("stopped.", "nothing.")
+
+    monkeypatch.setattr(qdq, "choose_formats", stop)
+    net = tmp_path / "net.py"
+    net.write_text(TWO_OUTPUTS)
+    argv = [recipe, "--model", f"{net}:Net", "--data", f"{net}:batches", "--output-weights"]
+    argv += ["left=3", "--formats", "int8,fp8", "--sm", "89", "--output", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        main.main([*argv, "--calib-batches", "2", "--device", "cpu"])
+    assert chosen == [{"left": 3.0}]
+
+
 def test_what_is_wrong_at_once_touches_no_earlier_run(tmp_path, monkeypatch):
     from qdq.cli.main import main
 
