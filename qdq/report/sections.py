@@ -116,6 +116,9 @@ class Formats(TypedDict):
 
     sm: Count
     choices: list[LayerFormat]
+    int8_db: NotRequired[float | None]
+    fp8_db: NotRequired[float | None]
+    chosen_db: NotRequired[float | None]
 
 
 class Target(TypedDict):

@@ -220,7 +220,8 @@ def test_the_formats_that_were_chosen(store):
         {"layers": ["l1", "l2"], "format": "fp8", "reason": "b", "int8_db": 20.0, "fp8_db": 31.25},
         {"layers": ["call"], "format": "fp8", "reason": "c", "int8_db": None, "fp8_db": None},
     ]
-    report = make_report(["l0", "l1", "l2"], formats={"sm": 89, "choices": choices})
+    formats = {"sm": 89, "choices": choices, "int8_db": 19.5, "fp8_db": 27.25, "chosen_db": 29.0}
+    report = make_report(["l0", "l1", "l2"], formats=formats)
     report["layers"][1]["precision"] = "FP8"
     report["layers"][2]["precision"] = "float"  # the search came later
     text = render_report(load_report(store(report)))
@@ -233,6 +234,17 @@ def test_the_formats_that_were_chosen(store):
     assert words[0][:5] == ["l0", "int8", "30.50", "28.00", "-2.50"]
     assert words[1] == ["l1, l2", "FP8", "20.00", "31.25", "+11.25", "b", "FP8", " ", "float", " "]
     assert words[2] == ["call", "FP8", "–", "–", "–", "c"]
+    assert "19.50 dB with int8 wherever the choice was free, 27.25 dB with FP8, 29.00 dB" in section
+    assert "better one" not in section
+
+
+@pytest.mark.parametrize("figures", [{}, {"int8_db": None, "fp8_db": None, "chosen_db": None}])
+def test_formats_without_figures_of_the_whole_model(store, figures):
+    choice = {"layers": ["l0"], "format": "int8", "reason": "a", "int8_db": None, "fp8_db": None}
+    report = make_report(["l0"], formats={"sm": 75, "choices": [choice], **figures})
+    text = render_report(load_report(store(report)))
+    assert "for SM 75: 1 in int8." in text
+    assert "SQNR of the whole network" not in text
 
 
 def test_300_layers_fit(page):
