@@ -46,6 +46,7 @@ from qdq.predictor import predict
 from qdq.quantizer import TensorQuantizer, disable_quantization, disable_until_exit
 from qdq.rewire import list_attention
 from qdq.statistics import Statistics
+from qdq.text import list_names
 from qdq.units import Unit, disable_idle, find_units, group_units, join_units, match_precisions
 
 _PINNED = "pinned by the plan"
@@ -101,7 +102,8 @@ class FormatChoice:
         """The counts, then one line for each group of layers."""
         formats = list(self.formats.values())
         counts = ", ".join(f"{formats.count(name)} {name}" for name in dict.fromkeys(formats))
-        width = max((len(choice.layers[0]) for choice in self.choices), default=0)
+        names = [list_names(choice.layers, 1) for choice in self.choices]
+        width = max(map(len, names), default=0)
         lines = [f"formats for SM {self.sm}: {counts}"]
         if self.chosen_db is not None:
             figures = [_format_db(figure) for figure in (self.int8_db, self.fp8_db, self.chosen_db)]
@@ -110,11 +112,10 @@ class FormatChoice:
                     *figures
                 )
             )
-        for choice in self.choices:
-            more = f" and {len(choice.layers) - 1} more" if len(choice.layers) > 1 else ""
-            cells = [f"  {choice.layers[0]:{width}}", f"{choice.format:5}"]
+        for name, choice in zip(names, self.choices, strict=True):
+            cells = [f"  {name:{width}}", f"{choice.format:5}"]
             cells += [f"{_format_db(choice.int8_db):>7}", f"{_format_db(choice.fp8_db):>7}"]
-            cells.append(choice.reason + more)
+            cells.append(choice.reason)
             lines.append("  ".join(cells))
         return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from torch import nn
 import qdq
 from qdq import ArgumentError, ArgumentTypeError
 from qdq.metrics import sqnr_db
+from qdq.mixed import FormatChoice, LayerFormat
 from qdq.swap import quantized_layers
 
 BOTH = ("int8", "fp8")
@@ -225,6 +226,14 @@ def test_a_layer_pinned_to_float_is_float_while_the_others_are_chosen(build, pin
     plan = qdq.analyze_layers(model, [x], pinned=pinned).plan
     assert {name for name, form in plan.precisions.items() if form == "float"} == floats
     assert sqnr_db(expected, model(x).detach().numpy()) == pytest.approx(choice.chosen_db, abs=1e-6)
+
+
+def test_the_table_names_a_group_by_its_first_layer():
+    group = LayerFormat(("query", "key", "value"), "int8", "the smaller error", 40.0, 30.25)
+    single = LayerFormat(("last",), "float", "pinned by the plan")
+    _, first, second = FormatChoice(89, (group, single)).format_table().splitlines()
+    assert first == "  query and 2 more  int8     40.00    30.25  the smaller error"
+    assert second == "  last              float        -        -  pinned by the plan"
 
 
 class TwoOutputs(nn.Module):
