@@ -37,6 +37,7 @@ from qdq.accuracy.layerwise import (
     format_change,
     measure_change,
     plan_layers,
+    require_counts,
     require_modules,
     run_flat,
     take_pair,
@@ -136,13 +137,7 @@ class _Options:
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(
-                    f"{name} is {value!r}; expected a whole number of 1 or more.",
-                    f"leave {name} out for the default.",
-                )
+        require_counts(steps=self.steps, batch_size=self.batch_size)
         if not 0 <= self.drop <= 1:
             raise ArgumentError(
                 f"drop is {self.drop!r}; expected a probability, 0 to 1.", "use 0.5."

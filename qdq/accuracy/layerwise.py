@@ -592,6 +592,23 @@ def measure_change(expected: FlatArrays, before: FlatArrays, after: FlatArrays) 
     return Change(decide_db(decibels_before), decide_db(decibels_after), outputs)
 
 
+def require_counts(**counts: int) -> None:
+    """Refuse an option that counts something and is no whole number of 1 or more.
+
+    Args:
+        counts: Name of each option, and its value.
+
+    Raises:
+        ArgumentError: One of them is another number, or no number.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(
+                f"{name} is {value!r}; expected a whole number of 1 or more.",
+                f"leave {name} out for the default.",
+            )
+
+
 def format_change(outputs: Mapping[str, tuple[float, float]]) -> list[str]:
     """A line for each of several outputs."""
     lines = []

@@ -17,7 +17,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdq.accuracy.layerwise import format_change, measure_change, plan_layers, run_flat
+from qdq.accuracy.layerwise import (
+    format_change,
+    measure_change,
+    plan_layers,
+    require_counts,
+    run_flat,
+)
 from qdq.batch import count_samples, is_by_sample, join_batches, map_leaves
 from qdq.corrections import AccuracyPass, record_pass, undoing_passes
 from qdq.device import without_tf32
@@ -116,7 +122,7 @@ def tune_weights(
     require_data(model)
     require_no_inference(model)
     schedule = Schedule(steps=steps, lr=lr, bias_lr=bias_lr, tune_batchnorm=0.0)
-    _require_batch_size(batch_size)
+    require_counts(batch_size=batch_size)
     require_seed(seed)
     distillation = Distillation(outputs=outputs, mask=mask)
     inputs = join_batches(batches)
@@ -146,14 +152,6 @@ def tune_weights(
         record_pass(model, AccuracyPass("tune_weights", again))
     change = measure_change(expected, outputs_before, outputs_after)
     return WeightTuning(tuple(layers), skipped, tuple(losses), **vars(change))
-
-
-def _require_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(
-            f"batch_size is {batch_size!r}; expected a whole number of 1 or more.",
-            "leave batch_size out for the default.",
-        )
 
 
 def _choose_layers(model: nn.Module, inputs: Any) -> tuple[dict[str, QuantMixin], dict[str, str]]:
