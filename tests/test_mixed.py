@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from residual_block import Block
 from torch import nn
 
 import qdq
@@ -277,18 +278,6 @@ def test_what_does_not_fit_is_refused(inputs, tmp_path):
     with pytest.raises(ArgumentError, match="formats is"):
         qdq.parse_formats("int8,int4")
     assert qdq.parse_formats("fp8, int8") == BOTH
-
-
-class Block(nn.Module):
-    """A residual block whose shortcut has the range of the input of `conv1`."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(16, 16, 3, padding=1)
-        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
-
-    def forward(self, x):
-        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
 
 
 class Residual(nn.Module):

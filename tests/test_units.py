@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from residual_block import Block
 from torch import nn
 
 from qdq import (
@@ -18,16 +19,6 @@ from qdq.quantizer import disable_quantization
 from qdq.units import find_all_quantizers, find_units, group_units, match_precisions, name_block
 
 X = torch.randn(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(16, 16, 3, padding=1)
-        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
-
-    def forward(self, x):
-        return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
 
 
 class Net(nn.Module):
