@@ -63,6 +63,7 @@ def recover_accuracy(
     refit: Iterable[Any] | None = None,
     outputs: Selection | None = None,
     mask: Mask | None = None,
+    weights: Mapping[str, float] | None = None,
     path: Path | str | None = None,
 ) -> JudgedSteps:
     """Try the passes of an effort, and undo each that gains less than 0.05 dB on the samples of the judge.
@@ -81,6 +82,7 @@ def recover_accuracy(
             fit better.
         outputs: Parts of the outputs that the passes report, as for `predictor.predict`.
         mask: What leaves padding out, as for `predictor.predict`.
+        weights: Weight of each output in the loss of `tune_weights`; those of the judge, as a rule.
         path: File with the state after every pass. The same call continues from it after Ctrl-C or a `kill -9`: it does
             an interrupted pass again from its beginning, and ends with the same model. The last fit is one pass.
 
@@ -104,17 +106,17 @@ def recover_accuracy(
     batches = list_filled_batches(batches)  # once: each pass would read the samples again
     if refit is not None:
         refit = list(refit)
+    passes = _list_passes(batches, OutputView(outputs, mask, weights))
     recovery = Recovery(None, "")
     if path is not None:  # the digest reads all weights and data, which only a file needs
-        view = OutputView(outputs, mask).describe()
+        view = f"{OutputView(outputs, mask).describe()} weights {weights}"
         key = digest_recovery(model, judge, names, batches, refit, view)
         recovery = Recovery(as_path(path, "path"), key)
-        passes = _list_passes(batches, outputs=outputs, mask=mask)
         recovery.resume(model, judge, passes, refit)
     for name in names:
         if name in recovery.tried:
             continue
-        _try_pass(model, name, batches, judge, recovery, outputs=outputs, mask=mask)
+        _try_pass(model, passes[name], judge, recovery)
         recovery.tried.append(name)
         recovery.save(model, judge)
     if refit is not None and not recovery.is_fitted:
@@ -126,28 +128,27 @@ def recover_accuracy(
     return judge.conclude(recovery.notes)
 
 
-def _list_passes(batches: list[Any], **view: Any) -> dict[str, AccuracyPass]:
+def _list_passes(batches: list[Any], view: OutputView) -> dict[str, AccuracyPass]:
     """Name -> the pass with the options of this call, as it records itself."""
     passes = {}
     for name, (_, run) in _PASSES.items():
-        passes[name] = AccuracyPass(name, partial(run, batches=batches, **view))
+        options: dict[str, Any] = {"outputs": view.outputs, "mask": view.mask}
+        if name == "tune_weights":  # the others fit layers and blocks, not outputs
+            options["weights"] = view.weights
+        passes[name] = AccuracyPass(name, partial(run, batches=batches, **options))
     return passes
 
 
 def _try_pass(
-    model: nn.Module,
-    name: str,
-    batches: list[Any],
-    judge: Judge,
-    recovery: Recovery,
-    **view: Any,
+    model: nn.Module, accuracy_pass: AccuracyPass, judge: Judge, recovery: Recovery
 ) -> None:
     """Do a pass, measure it, and undo it if it is not worth it; if it cannot be done, note the reason."""
-    title, run = _PASSES[name]
+    name = accuracy_pass.name
+    title, _ = _PASSES[name]
     best = [step for step in judge.steps if not step.is_undone][-1]
     former = Snapshot(model)
     try:
-        run(model, batches, **view)
+        accuracy_pass.run(model)
     except (DataError, StateError) as error:  # it has left the model as it was
         recovery.notes.append(f"{name} was left out: {error.message}")
         return

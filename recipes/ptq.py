@@ -212,6 +212,7 @@ def ptq(
             refit=calibration.subset(num_fitted).by_source(),
             path=target_run.recovery_file,
             **view,
+            weights=workload.output_weights,
         )
         target_outputs["mixed"] = qdq.predict(net, samples, **view)
         target_scores["mixed"] = workload.measure(net)

@@ -204,6 +204,7 @@ def qat(
         tunes=False,
         refit=calibration.subset(num_fitted).by_source(),
         **view,
+        weights=workload.output_weights,
     )
     outputs["start"] = qdq.predict(net, samples, **view)
     scores["start"] = workload.measure(net)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,20 @@ def test_wrong_calls_say_what_to_do(net: nn.Module, samples: torch.Tensor) -> No
 
 def test_every_effort_says_how_many_samples_it_needs() -> None:
     assert FITTED_SAMPLES.keys() == EFFORTS.keys()
+
+
+def test_weights_of_outputs_are_those_of_fine_tuning(
+    net: nn.Module, samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: dict[str, Mapping[str, float] | None] = {}
+
+    def run(name: str, model: nn.Module, batches: object, **options: Any) -> None:
+        weights[name] = options.get("weights")
+
+    passes = {name: (name, partial(run, name)) for name in EFFORTS["best"]}
+    monkeypatch.setattr(recover, "_PASSES", passes)
+    judge = Judge(net, [samples[:32]], weights={"output": 2.0})
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    qdq.recover_accuracy(net, [samples[32:]], judge, effort="best", weights={"output": 2.0})
+    assert weights == dict.fromkeys(EFFORTS["best"]) | {"tune_weights": {"output": 2.0}}

@@ -85,6 +85,7 @@ def tune_weights(
     seed: int = 0,
     outputs: Selection | None = None,
     mask: Mask | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> WeightTuning:
     """Train weights and biases of the int8 layers, without labels: the float model is the teacher; in place.
 
@@ -107,12 +108,13 @@ def tune_weights(
         seed: Seed of the choice of samples.
         outputs: Parts of the outputs to learn and to report, as for `predictor.predict`; None for all.
         mask: What leaves padding out of them, as for `predictor.predict`.
+        weights: Weight of the relative error of each output, see `Distillation`.
 
     Returns:
         The layers, and the SQNR before and after.
 
     Raises:
-        ArgumentError: An unknown output, or an option out of range.
+        ArgumentError: An unknown output, also in `weights`, or an option out of range.
         ArgumentTypeError: One tensor or dictionary instead of batches, or an option of another type.
         DataError: No batch, or batches that differ in shape.
         StateError: No layer is quantized, one has no range, or the outputs hold NaN or Inf; the model cannot be
@@ -124,7 +126,7 @@ def tune_weights(
     schedule = Schedule(steps=steps, lr=lr, bias_lr=bias_lr, tune_batchnorm=0.0)
     require_counts(batch_size=batch_size)
     require_seed(seed)
-    distillation = Distillation(outputs=outputs, mask=mask)
+    distillation = Distillation(outputs=outputs, mask=mask, weights=weights)
     inputs = join_batches(batches)
     again = partial(
         tune_weights,
@@ -136,10 +138,12 @@ def tune_weights(
         seed=seed,
         outputs=outputs,
         mask=mask,
+        weights=weights,
     )
     with undoing_passes(model, "tune_weights"):
         layers, skipped = _choose_layers(model, inputs)
         outputs_before = run_flat(model, inputs, distillation.view)
+        distillation.view.weigh(list(outputs_before))  # refuses weights of unknown outputs
         with _refusing_untrainable():
             teacher = copy_float(model)
             expected = run_flat(teacher, inputs, distillation.view)

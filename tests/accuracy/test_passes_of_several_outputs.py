@@ -67,6 +67,20 @@ def test_fine_tuning_learns_the_parts(heads, batches):
     assert report.losses[0] < every.losses[0]  # without the error of the boxes
 
 
+def test_fine_tuning_weighs_the_outputs(heads, batches):
+    """The loss of one output alone is that of the part of this name; without a weight it does not count."""
+    twin = copy.deepcopy(heads)
+    weighed = tune_weights(heads, batches, steps=3, weights={"scores": 2.0})
+    alone = tune_weights(twin, batches, steps=3, outputs={"scores": "scores"})
+    state = twin.state_dict()
+    for name, values in heads.state_dict().items():
+        torch.testing.assert_close(values, state[name])
+    assert set(weighed.outputs) == {"boxes", "scores"}
+    assert weighed.outputs["scores"][1] == pytest.approx(alone.after_db, abs=1e-2)
+    with pytest.raises(ArgumentError, match="weights names logits"):
+        tune_weights(heads, batches, steps=3, weights={"logits": 1.0})
+
+
 @pytest.mark.parametrize("name", ["analytic", "empirical", "rounding", "blocks"])
 def test_parts_and_masks(heads, batches, name):
     twin = copy.deepcopy(heads)
