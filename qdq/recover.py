@@ -120,7 +120,7 @@ def recover_accuracy(
         recovery.tried.append(name)
         recovery.save(model, judge)
     if refit is not None and not recovery.is_fitted:
-        recovery.notes += _fit_again(model, refit)
+        _fit_again(model, refit, recovery)
         recovery.is_fitted = True
         recovery.save(model, judge)
     for note in recovery.notes:
@@ -161,16 +161,12 @@ def _try_pass(
         judge.mark_undone()
 
 
-def _fit_again(model: nn.Module, batches: list[Any]) -> list[str]:
-    """Do the passes of a model again on other samples.
-
-    Returns:
-        What was done, in words.
-    """
+def _fit_again(model: nn.Module, batches: list[Any], recovery: Recovery) -> None:
+    """Do the passes of a model again on other samples, and note what was done."""
     former = Snapshot(model)
     passes = undo_passes(model)
     if not passes:
-        return []
+        return
     try:
         for accuracy_pass in passes:
             accuracy_pass.run(model, batches=batches)
@@ -178,8 +174,12 @@ def _fit_again(model: nn.Module, batches: list[Any]) -> list[str]:
         former.restore(model)
         if not isinstance(error, DataError | StateError):
             raise
-        return [
+        recovery.notes.append(
             f"The passes keep their fit to the samples without the held-out ones: {error.message}"
-        ]
+        )
+        return
+    recovery.is_refitted = True
     names = ", ".join(accuracy_pass.name for accuracy_pass in passes)
-    return [f"The passes that stay were then fitted to all calibration samples: {names}"]
+    recovery.notes.append(
+        f"The passes that stay were then fitted to all calibration samples: {names}"
+    )

@@ -25,7 +25,7 @@ from qdq.schema import digest_parts
 
 logger = logging.getLogger(__name__)
 
-_METADATA_KEY = "qdq recovery 1"
+_METADATA_KEY = "qdq recovery 2"
 
 
 class Recovery:
@@ -40,7 +40,8 @@ class Recovery:
         tried: Names of the passes that are done, those that were undone or left out included.
         done: Names of those that stay.
         notes: What was left out and why, and what the last fit did.
-        is_fitted: Whether the last fit is done.
+        is_fitted: Whether the last fit was tried.
+        is_refitted: Whether the passes of the model are fitted to its samples; not if it failed.
     """
 
     def __init__(self, path: Path | None, key: str) -> None:
@@ -50,6 +51,7 @@ class Recovery:
         self.done: list[str] = []
         self.notes: list[str] = []
         self.is_fitted = False
+        self.is_refitted = False
 
     def resume(
         self,
@@ -72,13 +74,14 @@ class Recovery:
         self.tried = facts["tried"]
         self.notes = facts["notes"]
         self.is_fitted = facts["is_fitted"]
+        self.is_refitted = facts["is_refitted"]
         self.done = facts["done"]
         options = {entry.name: entry for entry in list_passes(model)}
         options |= {name: passes[name] for name in self.done}
         recorded = []
         for name in facts["passes"]:
             run = options[name].run
-            if self.is_fitted:
+            if self.is_refitted:
                 run = partial(run, batches=refit)
             recorded.append(AccuracyPass(name, run))
         Snapshot.from_tensors(model, tensors, recorded).restore(model)
@@ -99,6 +102,7 @@ class Recovery:
             "tried": self.tried,
             "notes": self.notes,
             "is_fitted": self.is_fitted,
+            "is_refitted": self.is_refitted,
             "passes": [entry.name for entry in present],
             "done": self.done,
             "steps": [asdict(step) for step in judge.steps],

@@ -196,6 +196,30 @@ def test_a_pass_before_the_call_keeps_its_samples(monkeypatch, tmp_path):
         assert torch.equal(values, expected[name]), name
 
 
+def test_passes_keep_the_samples_that_they_were_fitted_to(monkeypatch, tmp_path):
+    """Also in a call that continues after the last fit has failed."""
+    path = tmp_path / "recovery.safetensors"
+
+    def recover(started, file):
+        joined = [started.samples[:16], started.samples[:16, :, :4]]  # cannot be joined
+        qdq.recover_accuracy(
+            started.model, [started.samples[16:]], started.judge, refit=joined, path=file
+        )
+
+    uninterrupted, killed, resumed = start(), start(), start()
+    recover(uninterrupted, None)
+    with monkeypatch.context() as patch:
+        kill_at_write(patch, 2, is_written=True)
+        with pytest.raises(Killed):
+            recover(killed, path)
+    recover(resumed, path)
+    for started in (uninterrupted, resumed):
+        qdq.calibrate_model(started.model, [2 * started.samples])
+    expected = uninterrupted.model.state_dict()
+    for name, values in resumed.model.state_dict().items():
+        assert torch.equal(values, expected[name]), name
+
+
 @pytest.mark.parametrize("content", [b"", b"no safetensors", None])
 def test_another_file_is_not_used(content, whole, calls, tmp_path):
     path = tmp_path / "recovery.safetensors"
