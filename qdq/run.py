@@ -394,10 +394,12 @@ def check_run_folder(
 
     Raises:
         DataError: A setting names a device, a FIFO or a broken link.
-        ArgumentError: The folder holds files and is not a run folder, is in use by another run, has a link or a folder
-            where a run writes a file, has a link in place of the folder of a target, or cannot be written to.
+        ArgumentError: A target that cannot be the name of a folder, or that is named twice. The folder holds files and
+            is not a run folder, is in use by another run, has a link or a folder where a run writes a file, has a link
+            in place of the folder of a target, or cannot be written to.
     """
     folder = as_path(folder, "folder")
+    _require_target_names(targets)
     guard_files(inputs=[path for path in _list_paths(settings or {}) if os.path.lexists(path)])
     try:
         present = _list_folder(folder)
@@ -430,6 +432,23 @@ def check_run_folder(
                 "move it away, or choose another folder.",
             )
         check_run_folder(target_folder)
+
+
+def _require_target_names(targets: Sequence[str]) -> None:
+    """Refuse names of targets that cannot each be a folder of their own below that of the run.
+
+    Raises:
+        ArgumentError: With the name.
+    """
+    for name in targets:
+        is_plain = bool(name) and "\0" not in name and Path(name).name == name
+        if not is_plain or name in {os.curdir, os.pardir, TUNING_FOLDER} or _is_run_file(name):
+            raise ArgumentError(
+                f"target {name!r} cannot be the name of a folder in the run folder.",
+                "name it with letters and digits, such as l4.",
+            )
+        if list(targets).count(name) > 1:
+            raise ArgumentError(f"targets has {name} twice.", "name each target once.")
 
 
 def _require_writable(folder: Path) -> None:

@@ -438,6 +438,18 @@ def test_a_run_that_continues_continues_each_target(tmp_path, seed, is_continued
     assert not list(tmp_path.glob("*/recovery.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "name", ["../x", "/x", "a/b", "", ".", "..", "x\0", "tuning", "model.onnx"]
+)
+def test_a_target_is_the_name_of_a_folder(tmp_path, name):
+    folder = tmp_path / "run"
+    with pytest.raises(ArgumentError, match="cannot be the name of a folder"):
+        start_run(folder, targets=("l4", name))
+    assert not folder.exists()
+    with pytest.raises(ArgumentError, match="targets has l4 twice"):
+        start_run(folder, targets=("l4", "l4"))
+
+
 def test_targets_of_an_earlier_run_are_removed_and_nothing_else(tmp_path):
     run = start_run(tmp_path, **SEVERAL)
     for target in SEVERAL["targets"]:
