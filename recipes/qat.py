@@ -34,6 +34,7 @@ def qat(
     accuracy: Literal["fast", "balanced", "best"] = "fast",
     formats: str = "int8",
     target: str | None = None,
+    gpu: str | None = None,
     loss: Literal["distill", "labels", "both"] = "distill",
     ranges: Literal["frozen", "lsq", "pact", "ema"] = "frozen",
     layers: tuple[str, ...] | None = None,
@@ -77,7 +78,9 @@ def qat(
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
         target: The GPU that formats are chosen for and that the engine is built for: t4, a10, orin, l4, rtx40, h100,
-            thor, rtx50 or another that qdq ptq --gpu takes. By default that of --sm.
+            thor, rtx50 or another that --gpu takes. By default that of --sm.
+        gpu: Predict whether int8 or FP8 pays on this GPU: a10, a100, h100, l4, l40s, orin, orinnano, rtx3090, rtx4090,
+            rtxpro6000 or t4. By default on the target, if it is one of these.
         loss: distill: the float model is the teacher, no labels are needed. labels: cross entropy. both: both losses
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
@@ -106,6 +109,7 @@ def qat(
         device=run_device,
         formats=format_names,
         method=calib_method,
+        gpu=gpu,
     )
     pinned = None
     if plan is not None:
@@ -252,6 +256,7 @@ def qat(
         found=outputs["ONNX"],
         found_default=default_outputs,
         tie_floor_db=tie_floor_db,
+        gpu=built_for.gpu,
     )
     qdq.save_references(net, calibration, run.references_file, exported.path)
     qdq.save_tuned(net, run.quantized_file)

@@ -33,7 +33,7 @@ class AnalysisOptions:
             layers.
         budget: Time limit of the analysis in seconds; layers that are not measured by then stay in int8.
         gpu: Rank by gain per microsecond on this GPU, and predict whether int8 or FP8 pays there: a10, a100, h100, l4,
-            l40s, orin, orinnano, rtx3090, rtx4090, rtxpro6000 or t4.
+            l40s, orin, orinnano, rtx3090, rtx4090, rtxpro6000 or t4. By default the prediction is that for the target.
         profile: Rank by gain per microsecond, with the times of an engine: the JSON file of trtexec --exportProfile.
     """
 

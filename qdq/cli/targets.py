@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qdq.cli.refusals import check_formats, choose_target_sm
 from qdq.errors import ArgumentError
-from qdq.roofline import GPUS
+from qdq.roofline import GPUS, find_gpu
 from qdq.trt.backend import Backend, find_backend
 
 if TYPE_CHECKING:
@@ -51,23 +51,24 @@ def choose_targets(
         device: The device that the model runs on; its GPU is the target by default.
         formats: As for `swap_modules`.
         method: As for `calibrate_model`.
-        gpu: As for --gpu. Several targets have times where the rates of their GPU are known.
+        gpu: As for --gpu. By default a named target, if the rates of its GPU are known.
         has_profile: Whether layers are ranked by the times of an engine.
 
     Raises:
-        ArgumentError: An unknown target, one that is named twice, options that are for one target beside several, or as
-            for `choose_target_sm` and `check_formats`.
+        ArgumentError: An unknown target, one that is named twice, options that are for one target beside several, an
+            unknown GPU, or as for `choose_target_sm` and `check_formats`.
         DependencyError: No TensorRT can build here.
     """
     if len(names) > 1:
         _require_options_of_several(names, sm, gpu, has_profile)
+    if gpu is not None:
+        find_gpu(gpu)  # refuses an unknown one
     targets = []
     for name in names or ("",):
         target = _find_target(name, sm, device)
         check_formats(formats, target.sm, method)
-        if len(names) > 1:
-            gpu = name if name in GPUS else None
-        targets.append(Target(target.name, target.sm, target.backend, gpu))
+        timed_gpu = name if gpu is None and name in GPUS else gpu
+        targets.append(Target(target.name, target.sm, target.backend, timed_gpu))
     return tuple(targets)
 
 
