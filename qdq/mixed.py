@@ -5,22 +5,28 @@ The statistics of calibration are the same for both formats, so one pass serves 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from qdq.analyze.fingerprint import fingerprint_analysis
+from qdq.analyze.journal import Journal
+from qdq.analyze.ranks import Ranks
 from qdq.batch import list_filled_batches
 from qdq.calibrate.collect import Collection, WeightSite
 from qdq.calibrate.weights import require_weight_method, solve_weight
 from qdq.corrections import redoing_passes
 from qdq.dataflow import Dataflow
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
+from qdq.files import as_path
 from qdq.float_rules import (
     ONLY_PRODUCTS,
     find_weight,
@@ -133,7 +139,7 @@ def choose_formats(
     method: str = "mse",
     weight_method: str = "max",
     pinned: Mapping[str, str] | None = None,
-    earlier: Sequence[FormatChoice] = (),
+    path: Path | str | None = None,
     outputs: Selection | None = None,
     mask: Mask | None = None,
     weights: Mapping[str, float] | None = None,
@@ -143,7 +149,7 @@ def choose_formats(
     The errors of layers do not add up: some cancel, and some amplify each other. So the choice starts with the better
     of int8 and FP8 for all layers. Then it gives one layer after the other the other format, those first that gain most
     alone, and leaves it to them if the error of the whole model falls. On these samples the result is never worse than
-    with one format. With n layers, the model runs 3 n + 3 times on the samples.
+    with one format. With n layers, the model runs at most 3 n + 3 times on the samples.
 
     Layers whose inputs have one range get one format. Attention is FP8, or float on a GPU without FP8. In a layer that
     gets FP8, the quantizers that exist for int8 only, such as those of the shortcut after it, are switched off. What is
@@ -159,8 +165,9 @@ def choose_formats(
         pinned: Layer, or pattern of layers -> its precision, "int8", "fp8" or "float", decided already. Layers pinned
             to float are off during the choice, with the calls that serve only them, and on again after it:
             `apply_plan` and `analyze_layers` switch them off.
-        earlier: Choices for other GPUs, in copies of this model on these batches and with these pins: one in which the
-            same layers could have both formats is taken as it is.
+        path: File for the measurements, one line each; that of `analyze_layers` will do. A run that is killed and
+            started again reads them, and so does a choice for another GPU on which the same layers can have both
+            formats, in a copy of this model.
         outputs: As for `predict`.
         mask: As for `predict`.
         weights: Weight of each output where one figure decides; None: the worst decides.
@@ -170,8 +177,8 @@ def choose_formats(
 
     Raises:
         ArgumentError: An unknown precision or method, a method that FP8 does not have, a name that nothing quantized
-            has, a format that a pinned layer cannot have, or a weight for an output that does not exist; nothing is
-            changed then.
+            has, a format that a pinned layer cannot have, a weight for an output that does not exist, or a file that
+            cannot be written; nothing is changed then.
         ArgumentTypeError: `sm` is not a whole number.
         StateError: Nothing is quantized, a quantizer has no range, or a call without a weight was rewired for FP8
             alone.
@@ -195,15 +202,23 @@ def choose_formats(
         rests = [_leave_out(group, units, left_out) for group in groups]
 
         ranges = _Ranges(model, groups, statistics, method, weight_method)
-        trial = _Trial(model, samples, rests, ranges, view)
-        _return_to_int8(groups, ranges)
-        search = _Search(rests, pins, trial, earlier)
-        try:
-            with ExitStack() as undo:
-                _disable_units(units, left_out, undo)
-                search.run()
-        finally:
-            _set_formats(groups, search.formats, ranges)
+        with Ranks() as ranks, ExitStack() as undo:
+            fingerprint = ""
+            if path is not None:  # it reads all weights and data, which only a file needs
+                facts = _describe_measurements(rests, statistics, ranges, view)
+                fingerprint = fingerprint_analysis(model, trace, samples, facts, units)
+                path = as_path(path, "path")
+            journal = Journal(path, fingerprint, ranks)
+            undo.callback(journal.close)
+            trial = _Trial(model, samples, rests, ranges, view, journal)
+            _return_to_int8(groups, ranges)
+            search = _Search(rests, pins, trial)
+            try:
+                with ExitStack() as reenable:
+                    _disable_units(units, left_out, reenable)
+                    search.run()
+            finally:
+                _set_formats(groups, search.formats, ranges)
         _require_one_format(groups)
     return search.describe(sm)
 
@@ -486,8 +501,8 @@ class _Ranges:
         self._names = collection.names
         self._weights = collection.weights
         self._statistics = statistics
-        self._method = method
-        self._weight_method = weight_method
+        self.method = method
+        self.weight_method = weight_method
         self._axes: dict[TensorQuantizer, int] = {}  # of the weights of calls, in int8
         for group in groups:
             for product in group.products.values():
@@ -524,7 +539,7 @@ class _Ranges:
         site = self._weights.get(self._names[leader])
         if site is not None:
             leader.set_format(*_describe_weight(site, name))
-            leader.amax = solve_weight(site.label, site.weight, leader, self._weight_method)
+            leader.amax = solve_weight(site.label, site.weight, leader, self.weight_method)
             return
         tensor = self._statistics.tensors.get(self._names[leader])
         if tensor is None:
@@ -536,7 +551,7 @@ class _Ranges:
             leader.set_format(FP8_BITS)
         else:
             leader.set_format(8, self._axes.get(leader))
-        method = self._method if leader.axis is None else "max"
+        method = self.method if leader.axis is None else "max"
         leader.amax = leader.solve_range(tensor, method)
 
 
@@ -547,6 +562,22 @@ def _describe_weight(site: WeightSite, name: str) -> tuple[NumBits, int | None]:
     assert isinstance(site.layer, QuantMixin)  # noqa: S101  # it has a weight
     desc = site.layer.default_quant_desc_weight
     return desc.num_bits, desc.axis
+
+
+def _describe_measurements(
+    groups: list[_Group], statistics: Statistics, ranges: _Ranges, view: OutputView
+) -> str:
+    """What the measurements depend on beside model, data and units, for a fingerprint.
+
+    Args:
+        groups: The groups, without the layers that are left out.
+        statistics: Those of the ranges.
+        ranges: Has their methods.
+        view: The outputs that count.
+    """
+    members = [(group.unit.layers, group.formats) for group in groups]
+    digest = hashlib.sha256(statistics.to_bytes()).hexdigest()
+    return f"formats {members} {digest} {ranges.method} {ranges.weight_method} {view.describe()} {view.weights}"
 
 
 def _noise_of(decibels: float) -> float:
@@ -563,6 +594,7 @@ class _Trial:
         groups: Its groups.
         ranges: Changes formats.
         view: The outputs that count.
+        journal: Has the measurements of a run that was killed.
 
     Raises:
         ArgumentError: A weight for an output that does not exist.
@@ -575,10 +607,12 @@ class _Trial:
         groups: list[_Group],
         ranges: _Ranges,
         view: OutputView,
+        journal: Journal,
     ) -> None:
         self._model = model
         self._groups = groups
         self._ranges = ranges
+        self._journal = journal
         self._run = partial(predict, batches=samples, outputs=view.outputs, mask=view.mask)
         with disable_quantization(model):
             self._expected = self._run(model)
@@ -586,22 +620,32 @@ class _Trial:
 
     def measure_alone(self, group: _Group) -> dict[str, float]:
         """SQNR in dB with only this group quantized, by its format; it is int8 before and after."""
+        key = ["alone", group.unit.name]
+        decibels: dict[str, float] | None = self._journal.get(key)
+        if decibels is not None:
+            return decibels
         decibels = {INT8: self._measure_only(group.unit.quantizers)}
         for quantizer in group.operands:
             self._ranges.change(quantizer, FP8.name)
         decibels[FP8.name] = self._measure_only(group.operands)
         for quantizer in group.operands:
             self._ranges.change(quantizer, INT8)
+        self._journal.add(key, decibels)
         return decibels
 
     def measure(self, formats: Sequence[str]) -> float:
         """SQNR in dB with all groups quantized.
 
         Args:
-            formats: The format of each group, which it has afterwards.
+            formats: The format of each group.
         """
-        _set_formats(self._groups, formats, self._ranges)
-        return self._measure()
+        key = ["all", *formats]
+        decibels: float | None = self._journal.get(key)
+        if decibels is None:
+            _set_formats(self._groups, formats, self._ranges)
+            decibels = self._measure()
+            self._journal.add(key, decibels)
+        return decibels
 
     def _measure_only(self, quantizers: Iterable[TensorQuantizer]) -> float:
         with disable_quantization(self._model):
@@ -624,7 +668,6 @@ class _Search:
         groups: All groups, without the layers that are left out; those that can be int8 are int8.
         pins: The format that a plan sets for each group; None if it sets none.
         trial: Measures the model.
-        earlier: As for `choose_formats`.
 
     Attributes:
         formats: The format of each group so far.
@@ -635,9 +678,7 @@ class _Search:
         groups: list[_Group],
         pins: list[str | None],
         trial: _Trial,
-        earlier: Iterable[FormatChoice],
     ) -> None:
-        self._earlier = earlier
         self._groups = groups
         self._pins = pins
         self._trial = trial
@@ -652,7 +693,7 @@ class _Search:
 
     def run(self) -> None:
         """Measure each free group alone, all of them in one format, and then one change after the other."""
-        if not self._free or self._take_earlier():
+        if not self._free:
             return
         total = 3 * len(self._free) + len(FORMAT_NAMES)
         with tqdm(total=total, desc="formats", unit="run", disable=None) as progress:
@@ -674,22 +715,6 @@ class _Search:
                     chosen_db = decibels
                 progress.update()
             self._chosen_db = chosen_db
-
-    def _take_earlier(self) -> bool:
-        """Take the formats and figures of an earlier choice among the same groups; whether there is one."""
-        layers = {self._groups[index].unit.layers: index for index in self._free}
-        for choice in self._earlier:
-            entries = [entry for entry in choice.choices if entry.int8_db is not None]
-            if {entry.layers for entry in entries} != layers.keys():
-                continue
-            for entry in entries:
-                index = layers[entry.layers]
-                self.formats[index] = entry.format
-                self._alone[index] = {INT8: entry.int8_db or 0.0, FP8.name: entry.fp8_db or 0.0}
-            self._uniform = {INT8: choice.int8_db or 0.0, FP8.name: choice.fp8_db or 0.0}
-            self._chosen_db = choice.chosen_db
-            return True
-        return False
 
     def _with_formats(self, indices: Iterable[int], name: str) -> list[str]:
         """The formats so far, but another one for some groups."""

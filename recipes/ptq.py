@@ -163,7 +163,6 @@ def ptq(
     judge.measure(f"calibrated, {start}", net)
 
     calibrated = net
-    choices: list[qdq.FormatChoice] = []
     reports = []
     for current in targets:
         target_run = run.start_target(current.name)
@@ -182,11 +181,10 @@ def ptq(
                 sm=current.sm,
                 method="mse" if calib_method == "best" else calib_method,
                 pinned=None if pinned is None else pinned.precisions,
-                earlier=choices,
+                path=target_run.journal_file,
                 **view,
                 weights=workload.output_weights,
             )
-            choices.append(choice)
             target_judge.measure(f"formats for SM {current.sm}", net)
 
         target_run.stage("analyze")

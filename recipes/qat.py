@@ -180,6 +180,7 @@ def qat(
             sm=built_for.sm,
             method="mse" if calib_method == "best" else calib_method,
             pinned=None if pinned is None else pinned.precisions,
+            path=run.journal_file,
             **view,
             weights=workload.output_weights,
         )

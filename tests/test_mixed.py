@@ -11,7 +11,7 @@ from residual_block import Block
 from torch import nn
 
 import qdq
-from qdq import ArgumentError, ArgumentTypeError
+from qdq import ArgumentError, ArgumentTypeError, mixed
 from qdq.metrics import sqnr_db
 from qdq.mixed import FormatChoice, LayerFormat
 from qdq.swap import quantized_layers
@@ -126,16 +126,97 @@ def test_the_choice_is_by_the_error_of_the_whole_model(seed, tmp_path):
     assert chosen == start
 
 
-def test_what_was_measured_for_another_gpu_is_not_measured_again(inputs, tmp_path):
+class Killed(BaseException):
+    """The process ends in the middle of a measurement."""
+
+
+@pytest.fixture
+def count_runs(monkeypatch):
+    """Counts the measurements, and ends the process at one of them."""
+    run = mixed._Trial._measure
+
+    def count(kill_at=0):
+        numbers = []
+
+        def measure(self):
+            numbers.append(len(numbers) + 1)
+            if numbers[-1] == kill_at:
+                raise Killed
+            return run(self)
+
+        monkeypatch.setattr(mixed._Trial, "_measure", measure)
+        return numbers
+
+    return count
+
+
+def test_what_was_measured_for_another_gpu_is_not_measured_again(inputs, count_runs, tmp_path):
     model = Outliers().eval()
     statistics = calibrate(model, inputs, tmp_path)
-    t4 = choose(copy.deepcopy(model), inputs, statistics, sm=75)
-    l4 = choose(copy.deepcopy(model), inputs, statistics)
-    known = replace(l4, chosen_db=99.0)
-    rtx50 = choose(copy.deepcopy(model), inputs, statistics, sm=120, earlier=[t4, known])
-    assert rtx50 == replace(known, sm=120)
-    other = replace(known, choices=known.choices[:1])  # of other layers
-    assert choose(model, inputs, statistics, sm=120, earlier=[other]) == replace(l4, sm=120)
+    path = tmp_path / "analysis.jsonl"
+    runs = count_runs()
+    choose(copy.deepcopy(model), inputs, statistics, sm=75, path=path)  # nothing to choose
+    assert not runs
+    l4 = choose(copy.deepcopy(model), inputs, statistics, path=path)
+    assert (
+        len(runs) == 7
+    )  # two layers alone and two formats for all; one of the two mixes was known
+    rtx50 = choose(copy.deepcopy(model), inputs, statistics, sm=120, path=path)
+    assert rtx50 == replace(l4, sm=120)
+    assert len(runs) == 7
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 4, 5, 6, 7])
+def test_a_choice_that_was_killed_continues(kill_at, inputs, count_runs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    whole, killed, again = (copy.deepcopy(model) for _ in range(3))
+    expected = choose(whole, inputs, statistics)
+    path = tmp_path / "formats.jsonl"
+    count_runs(kill_at)
+    with pytest.raises(Killed):
+        choose(killed, inputs, statistics, path=path)
+    runs = count_runs()
+    assert choose(again, inputs, statistics, path=path) == expected
+    alone = min((kill_at - 1) // 2 * 2, 4)  # both formats of a layer are one line
+    in_all = max(kill_at - 1 - 4, 0)
+    assert len(runs) == 7 - alone - in_all
+    for name, values in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], values), name
+    torch.testing.assert_close(again(inputs), whole(inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda options: options.update(method="mse"),
+        lambda options: options.update(weight_method="mse"),
+        lambda options: options.update(pinned={"first": "int8"}),
+        lambda options: options.update(outputs={"half": lambda named: named["output"][:, :32]}),
+        lambda options: options["model"].second.weight.data.mul_(1.01),
+        lambda options: options["x"].mul_(1.01),
+    ],
+)
+def test_measurements_of_something_else_are_not_used(change, inputs, count_runs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    path = tmp_path / "formats.jsonl"
+    choose(copy.deepcopy(model), inputs, statistics, path=path)
+    options = {"model": copy.deepcopy(model), "x": inputs.clone(), "statistics": statistics}
+    change(options)
+    expected = choose(**(options | {"model": copy.deepcopy(options["model"])}))
+    runs = count_runs()
+    assert choose(**options, path=path) == expected
+    assert runs
+
+
+def test_a_file_that_cannot_be_written_is_refused(inputs, tmp_path):
+    model = Outliers().eval()
+    statistics = calibrate(model, inputs, tmp_path)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArgumentError, match="cannot write"):
+        choose(model, inputs, statistics, path=tmp_path)
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
 
 
 def test_a_gpu_without_fp8_gets_int8_and_float_attention(tmp_path):
@@ -222,8 +303,8 @@ def test_a_layer_pinned_to_float_is_float_while_the_others_are_chosen(build, pin
     assert reasons.get("interpolate", "nothing quantized reads its result").startswith("nothing")
 
     # For another GPU the choice is the same. The analysis finds all layers on, and agrees on those in float.
-    again = choose(model, x, statistics, pinned=pinned, sm=120, earlier=[choice])
-    assert again == replace(choice, sm=120)
+    again = choose(model, x, statistics, pinned=pinned, sm=120)
+    assert again.formats == choice.formats
     plan = qdq.analyze_layers(model, [x], pinned=pinned).plan
     assert {name for name, form in plan.precisions.items() if form == "float"} == floats
     assert sqnr_db(expected, model(x).detach().numpy()) == pytest.approx(choice.chosen_db, abs=1e-6)
