@@ -35,6 +35,7 @@ from qdq.formats import FP8, FP8_LOWEST_OPSET, Format
 from qdq.forward import require_data, require_model, says_devices_differ
 from qdq.graph.coverage import WorkNode, count_qdq, list_work_nodes
 from qdq.graph.fold_casts import FoldCasts
+from qdq.graph.fold_offsets import FoldOffsets
 from qdq.graph.fold_pad import FoldPad
 from qdq.graph.fold_weights import FoldWeights
 from qdq.graph.lower_einsum import LowerEinsum
@@ -502,13 +503,14 @@ def _require_dimensions(captured: CapturedGraph) -> None:
 
 
 def _list_passes(opset: int, weights: str, naming: NameNodes) -> list[ir.passes.InPlacePass]:
-    """The passes in their order. No pass changes a number; `RaiseWeightScales` rounds in float32."""
+    """The passes in their order. No pass changes a number; `FoldOffsets` and `RaiseWeightScales` round in float32."""
     passes: list[ir.passes.InPlacePass] = [
         FoldWeights(),
         RemoveIdentities(),
         LowerEinsum(),
         TransposeKeys(),
         naming,
+        FoldOffsets(),
         MergeProducts(),
         MergePairs(),
         MoveQuantizeBeforeCopies(),

@@ -1,0 +1,72 @@
+import numpy as np
+import onnx_ir as ir
+import pytest
+from graph_text import compute, ops, read
+
+from qdq.graph.fold_offsets import FoldOffsets
+from qdq.graph.passes import run_passes
+
+GRAPH = """
+g (float[2,3,4,4] x) => (%s)
+<float[3,3,1,1] w = {1, -2, 0.5, 0.25, 1, 1, 3, -1, 2}, float[3] b = {1, 2, 3}, float low = {0}, float high = {6},
+ float c = {2.5}, float other = {2}, float[3,1,1] channels = {1, 2, 3}>
+{
+    p = Conv <kernel_shape = [1, 1]> (x, w%s)
+    q = Clip (p, %s)
+    %s
+}
+"""
+TWO = "d = Sub (q, c) e = Sub (q, c) y = Neg (d) z = Abs (e)"
+OUTPUTS = "float[2,3,4,4] y, float[2,3,4,4] z"
+
+
+def build(rest=TWO, *, bias=", b", bounds="low, high", outputs=OUTPUTS):
+    return read(GRAPH % (outputs, bias, bounds, rest))
+
+
+def test_the_offset_goes_into_bias_and_bounds():
+    model = build()
+    expected = compute(model)
+    run_passes(model, [FoldOffsets()])
+    assert ops(model) == ["Conv", "Clip", "Neg", "Abs"]
+    assert "c" not in model.graph.initializers and "b" not in model.graph.initializers
+    outputs = compute(model)
+    for name, values in expected.items():
+        np.testing.assert_allclose(outputs[name], values, rtol=1e-6, atol=1e-6)
+    once = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert not FoldOffsets()(model).modified
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == once
+
+
+def test_a_bias_that_another_node_reads_stays():
+    model = build("d = Sub (q, c) y = Neg (d) z = Add (y, y) ", outputs=OUTPUTS)
+    shared = build(
+        "d = Sub (q, c) y = Neg (d) r = Conv <kernel_shape = [1, 1]> (x, w, b) z = Abs (r)"
+    )
+    expected = compute(shared)
+    run_passes(shared, [FoldOffsets()])
+    assert "Sub" not in ops(shared) and "b" in shared.graph.initializers
+    for name, values in compute(shared).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6)
+    run_passes(model, [FoldOffsets()])
+    assert "Sub" not in ops(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rest": "d = Sub (q, c) e = Sub (q, other) y = Neg (d) z = Abs (e)"},
+        {"rest": "d = Sub (q, channels) e = Sub (q, channels) y = Neg (d) z = Abs (e)"},
+        {"rest": "d = Sub (q, c) y = Neg (d) z = Abs (q)"},
+        {"rest": "d = Sub (q, c) y = Neg (d) z = Abs (p)"},
+        {"rest": "d = Sub (c, q) y = Neg (d) z = Abs (d)"},
+        {"rest": "z = Sub (q, c) y = Neg (z)"},
+        {"bias": ""},
+        {"bounds": "low"},
+    ],
+)
+def test_what_cannot_be_folded_stays(options):
+    model = build(**options)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert not FoldOffsets()(model).modified
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
