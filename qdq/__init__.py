@@ -14,6 +14,7 @@ _HOMES = {
     "accuracy.adaround": ("Rounding", "round_weights"),
     "accuracy.bias": ("BiasCorrection", "correct_bias"),
     "accuracy.blocks": ("Reconstruction", "reconstruct_blocks"),
+    "accuracy.centering": ("Centering", "center_inputs"),
     "accuracy.equalization": ("Equalization", "equalize_layers"),
     "accuracy.smoothing": ("Smoothing", "smooth_inputs"),
     "analyze": ("Analysis", "analyze_layers"),

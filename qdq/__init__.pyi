@@ -7,6 +7,8 @@ from qdq.accuracy.bias import BiasCorrection as BiasCorrection
 from qdq.accuracy.bias import correct_bias as correct_bias
 from qdq.accuracy.blocks import Reconstruction as Reconstruction
 from qdq.accuracy.blocks import reconstruct_blocks as reconstruct_blocks
+from qdq.accuracy.centering import Centering as Centering
+from qdq.accuracy.centering import center_inputs as center_inputs
 from qdq.accuracy.equalization import Equalization as Equalization
 from qdq.accuracy.equalization import equalize_layers as equalize_layers
 from qdq.accuracy.smoothing import Smoothing as Smoothing

@@ -138,6 +138,22 @@ class Dataflow:
             producer = self._producers.get(producer.inputs[0])
         return producer is None
 
+    def producer_of(self, value: int) -> Operation | None:
+        """The call that computed a tensor; None for an input and for what exists before the forward.
+
+        Args:
+            value: Number of the tensor.
+        """
+        return self._producers.get(value)
+
+    def list_readers(self, value: int) -> list[Operation]:
+        """The calls that read a tensor, once for each time that they do.
+
+        Args:
+            value: Number of the tensor.
+        """
+        return list(self._readers.get(value, ()))
+
     def is_copy(self, operation: Operation) -> bool:
         """Whether a call only moves or repeats values (R-COPY, R-RSZ).
 

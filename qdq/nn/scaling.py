@@ -1,7 +1,8 @@
-"""A layer whose input is multiplied by a factor for each channel, in front of its quantizer."""
+"""A layer whose input is multiplied by a factor for each channel, or shifted, in front of its quantizer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from qdq.quantize import own_tensor
 
-_ATTRIBUTE = "input_factors"
+_FACTORS = "input_factors"
+_OFFSET = "input_offset"
 
 
 def scale_input(layer: nn.Module, factors: torch.Tensor) -> None:
@@ -22,11 +24,11 @@ def scale_input(layer: nn.Module, factors: torch.Tensor) -> None:
         layer: A layer with one input.
         factors: In a shape that broadcasts with the input: `[C]`, or `[C, 1, 1]` for a convolution of images.
     """
-    former = layer._buffers.get(_ATTRIBUTE)
+    former = layer._buffers.get(_FACTORS)
     if former is not None:
         former.mul_(factors)
         return
-    layer.register_buffer(_ATTRIBUTE, own_tensor(factors))
+    layer.register_buffer(_FACTORS, own_tensor(factors))
     layer.register_forward_pre_hook(_multiply_input, with_kwargs=True)
 
 
@@ -36,11 +38,52 @@ def restore_input(layer: nn.Module) -> None:
     Args:
         layer: Any module.
     """
-    if _ATTRIBUTE not in layer._buffers:
-        return
-    delattr(layer, _ATTRIBUTE)
-    for number, hook in list(layer._forward_pre_hooks.items()):
-        if hook is _multiply_input:
+    if _FACTORS in layer._buffers:
+        delattr(layer, _FACTORS)
+        _forget_hook(layer, _multiply_input)
+
+
+def shift_input(layer: nn.Module, offset: torch.Tensor) -> None:
+    """Subtract an offset, which is a buffer of the layer, from its input whenever it is called; in place.
+
+    As for `scale_input`, the quantizer is behind it.
+
+    Args:
+        layer: A layer with one input, which has no offset yet.
+        offset: A scalar, `[]`.
+    """
+    layer.register_buffer(_OFFSET, own_tensor(offset))
+    layer.register_forward_pre_hook(_subtract_offset, with_kwargs=True)
+
+
+def unshift_input(layer: nn.Module) -> None:
+    """Undo `shift_input`.
+
+    Args:
+        layer: A layer that has an offset.
+    """
+    delattr(layer, _OFFSET)
+    _forget_hook(layer, _subtract_offset)
+
+
+def is_shifted(layer: nn.Module) -> bool:
+    """Whether a layer has an offset."""
+    return _OFFSET in layer._buffers
+
+
+def list_offsets(model: nn.Module) -> list[float]:
+    """The offsets of all layers of a model."""
+    offsets = []
+    for layer in model.modules():
+        if is_shifted(layer):
+            offsets.append(float(getattr(layer, _OFFSET)))
+    return offsets
+
+
+def _forget_hook(layer: nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove a forward pre-hook; in a copy of a module there is no handle for it."""
+    for number, other in list(layer._forward_pre_hooks.items()):
+        if other is hook:
             del layer._forward_pre_hooks[number]
             layer._forward_pre_hooks_with_kwargs.pop(number, None)
 
@@ -48,9 +91,22 @@ def restore_input(layer: nn.Module) -> None:
 def _multiply_input(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the input scaled; it is the first argument, by position or by name."""
-    factors = getattr(layer, _ATTRIBUTE)
+    factors = getattr(layer, _FACTORS)
+    return _change_input(args, kwargs, lambda x: x * factors)
+
+
+def _subtract_offset(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    offset = getattr(layer, _OFFSET)
+    return _change_input(args, kwargs, lambda x: x - offset)
+
+
+def _change_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the input changed; it is the first argument, by position or by name."""
     if args:
-        return (args[0] * factors, *args[1:]), kwargs
+        return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
-    return args, {**kwargs, name: kwargs[name] * factors}
+    return args, {**kwargs, name: change(kwargs[name])}

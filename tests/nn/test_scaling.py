@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qdq import calibrate_model, fake_quantize, restore_modules, swap_modules
-from qdq.nn.scaling import restore_input, scale_input
+from qdq.nn.scaling import is_shifted, restore_input, scale_input, shift_input, unshift_input
 
 
 def make_layer():
@@ -69,3 +69,19 @@ def test_factors_are_removed():
     assert torch.equal(layer(x), expected)
     assert not layer._buffers
     assert not layer._forward_pre_hooks
+
+
+def test_offset_is_subtracted_however_the_input_is_given():
+    layer, factors, x = make_layer()
+    plain = copy.deepcopy(layer)
+    expected = layer(factors * x - 2.0)
+    scale_input(layer, factors)
+    shift_input(layer, torch.tensor(2.0))
+    assert is_shifted(layer) and not is_shifted(plain)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(input=x), expected)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
+    twin = copy.deepcopy(layer)
+    unshift_input(twin)
+    torch.testing.assert_close(twin(x), plain(factors * x))
+    assert "input_offset" not in twin.state_dict() and not is_shifted(twin)

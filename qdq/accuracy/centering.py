@@ -1,0 +1,345 @@
+"""Moves the input of a layer behind a clamp with two bounds to the middle of its range, which halves the step of int8.
+
+TensorRT's int8 is symmetric: of the values 0 to 6 behind a ReLU6, half of the codes are lost. A layer y = W x + b
+computes W (x - c) + (b + W c), and x - c has codes on both sides. The subtraction costs nothing in the engine:
+`graph.fold_offsets` moves c into the bias of the convolution before the clamp, and into the bounds of the clamp. So the
+clamp stays, as a Clip with other bounds. A layer that pads its input would read 0 there instead of -c: it is left
+alone.
+
+With a range that clips at h, the range around the middle c = (l + h) / 2 of [l, h] clips the same values with half of
+the step: 6 dB if l is 0. The end h with the least squared error is taken. Rounded weights now shift the mean of the
+output, because most values of the input are far from 0; `correct_bias` takes that away.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf, isfinite, log10
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qdq.accuracy.equalization import SHIFTED, ScalableLayers, pads_input, rounding_db
+from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
+from qdq.batch import list_filled_batches
+from qdq.dataflow import Dataflow, clamp_of
+from qdq.device import without_tf32
+from qdq.errors import ArgumentError, StateError
+from qdq.forward import Operation, call_model, evaluating, require_model, trace_forward
+from qdq.nn import QuantInputMixin
+from qdq.nn.scaling import is_shifted, shift_input, unshift_input
+from qdq.patterns import Pattern
+from qdq.quantize import fake_quantize
+from qdq.swap import SwapPlan, plan_swap
+from qdq.text import group_names
+
+logger = logging.getLogger(__name__)
+
+_FRACTIONS = (
+    1.0,
+    0.9,
+    0.8,
+    0.7,
+    0.6,
+    0.5,
+)  # of the largest value; calibration computes the final range
+_VALUES = 65536  # of a tensor, on which ranges are compared
+# The terms of a sum grow by the offset, and their rounding with them. A mean that moves wrongly costs much more.
+_ROUNDING_DB = 20.0
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class CenteredInput:
+    """Result for one tensor that quantized layers read.
+
+    Args:
+        read_by: The layers, which get the same offset.
+        offset: What is subtracted from their input, 0 if nothing was changed.
+        gain_db: By how much the error of the tensor in int8 is lower, in dB.
+        reason: Why nothing was changed; empty if it was.
+    """
+
+    read_by: tuple[str, ...]
+    offset: float
+    gain_db: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Centering:
+    """Result of `center_inputs`.
+
+    Args:
+        inputs: In the order in which they are read.
+        float_db: SQNR of the float outputs against those before the pass, on the same batches, in dB: 80 and more
+            means that only float32 rounding changed them.
+    """
+
+    inputs: tuple[CenteredInput, ...]
+    float_db: float
+
+    def format_table(self) -> str:
+        """Number of centered inputs with their gains, and why others were left unchanged."""
+        centered = [entry for entry in self.inputs if not entry.reason]
+        lines = [
+            f"{len(centered)} of {len(self.inputs)} inputs of layers centered; "
+            f"float model against the one before: {self.float_db:.1f} dB"
+        ]
+        for entry in centered:
+            readers = ", ".join(entry.read_by)
+            lines.append(
+                f"  {readers}: minus {entry.offset:.3g}, {entry.gain_db:.1f} dB less noise"
+            )
+        unchanged = []
+        for entry in self.inputs:
+            if entry.reason:
+                unchanged.append((entry.reason, ", ".join(entry.read_by)))
+        for reason, names in group_names(unchanged).items():
+            lines.append(f"  {len(names)} ({names[0]} ...): {reason}")
+        return "\n".join(lines)
+
+
+@without_tf32()
+def center_inputs(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    least_db: float = 3.0,
+    include: Iterable[Pattern] | None = None,
+    exclude: Iterable[Pattern] = (),
+) -> Centering:
+    """Subtract the middle of the range from inputs behind ReLU6 and other clamps with two bounds; in place.
+
+    Call it before `swap_modules`, and after `fold_batchnorm`, `equalize_layers` and `smooth_inputs`. A centered layer
+    computes the same from `input - offset`; the offset is a buffer of it. Correct biases after the calibration: the
+    rounding of the weights shifts more means than before.
+
+    Args:
+        model: A float model.
+        batches: As for `calibrate_model`.
+        least_db: The least gain for which an input is centered, in dB.
+        include: As for `swap_modules`: layers that it would leave in float are left alone.
+        exclude: Likewise.
+
+    Returns:
+        The inputs of all layers that `swap_modules` would quantize, and how exactly the float model was preserved.
+
+    Raises:
+        ArgumentError: `least_db` is not a finite number.
+        ArgumentTypeError: One tensor or dictionary instead of batches.
+        DataError: No batch with samples.
+        StateError: The model is swapped already, or its outputs hold NaN or Inf.
+    """
+    require_model(model)
+    if any(isinstance(module, QuantInputMixin) for module in model.modules()):
+        raise StateError(
+            "the model has quantized layers.", "call center_inputs before swap_modules."
+        )
+    if not isfinite(least_db):
+        raise ArgumentError(f"least_db is {least_db}.", "pass a finite number of decibels.")
+    samples = list_filled_batches(batches)
+    plan = plan_swap(model, samples[0], include=include, exclude=exclude)
+    groups = _find_groups(model, samples[0], plan)
+    expected = _observe(model, samples, groups)
+    for group in groups:
+        group.decide(least_db)
+        group.apply()
+    float_db = min(list_decibels(expected, _observe(model, samples)).values())
+    if float_db < rounding_db(model) - _ROUNDING_DB:
+        for group in groups:
+            group.undo(f"undone: it changed the float outputs, SQNR {float_db:.1f} dB")
+        float_db = min(list_decibels(expected, _observe(model, samples)).values())
+    result = Centering(tuple(group.result for group in groups), float_db)
+    logger.info("%s", result.format_table())
+    return result
+
+
+@dataclass
+class _Group:
+    """The layers that read one tensor.
+
+    Args:
+        readers: The layers by name.
+        reason: Why they must stay unchanged, "" if they may be centered.
+        low: Smallest value of the tensor.
+        high: Largest value.
+        values: Some of its values, at random.
+        offset: The middle of the range with the least error.
+        gain_db: Its gain.
+        former_biases: Reader -> its bias before `apply`.
+    """
+
+    readers: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    low: float = inf
+    high: float = -inf
+    values: list[torch.Tensor] = field(default_factory=list)
+    offset: float = 0.0
+    gain_db: float = 0.0
+    former_biases: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def collect(self, x: torch.Tensor, count: int) -> None:
+        """Add the values of the tensor in one batch.
+
+        Args:
+            x: The tensor.
+            count: Number of values to keep.
+        """
+        self.low = min(self.low, float(x.min()))
+        self.high = max(self.high, float(x.max()))
+        self.values.append(_draw(x.detach().float().flatten(), count))
+
+    @torch.no_grad()
+    def decide(self, least_db: float) -> None:
+        """Find the best offset, and leave the group unchanged if it gains too little."""
+        if self.reason:
+            return
+        values = torch.cat(self.values)
+        self.values.clear()
+        largest = max(-self.low, self.high)
+        plain = min(_error(values, fraction * largest) for fraction in _FRACTIONS)
+        errors = {}
+        for fraction in _FRACTIONS:
+            radius = fraction * (self.high - self.low) / 2
+            errors[self.low + radius] = _error(values - (self.low + radius), radius)
+        self.offset = min(errors, key=errors.__getitem__)
+        self.gain_db = 10 * log10(max(plain, _TINY) / max(errors[self.offset], _TINY))
+        if self.gain_db < least_db:
+            self.reason = f"no offset lowers the noise by {least_db:g} dB"
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Subtract the offset from the input, and add what it contributed to the bias."""
+        if self.reason:
+            return
+        for name, layer in self.readers.items():
+            self.former_biases[name] = layer.bias.detach().clone()
+            moved = self.offset * layer.weight.double().flatten(1).sum(1)
+            layer.bias.copy_(layer.bias.double() + moved)
+            shift_input(layer, layer.weight.new_tensor(self.offset))
+
+    @torch.no_grad()
+    def undo(self, reason: str) -> None:
+        """Undo `apply`."""
+        for name, bias in self.former_biases.items():
+            layer = self.readers[name]
+            layer.bias.copy_(bias)
+            unshift_input(layer)
+            self.reason = reason
+
+    @property
+    def result(self) -> CenteredInput:
+        names = tuple(self.readers)
+        if self.reason:
+            return CenteredInput(names, 0.0, 0.0, self.reason)
+        return CenteredInput(names, self.offset, self.gain_db)
+
+
+def _find_groups(model: nn.Module, inputs: Any, plan: SwapPlan) -> list[_Group]:
+    """The tensors that the layers read which a plan quantizes, in order."""
+    quantized = {module.name for module in plan.of("quantize")}
+    trace = trace_forward(model, inputs)
+    flow = Dataflow(trace)
+    layers = ScalableLayers(model, trace)
+    groups: dict[int, _Group] = {}
+    for operation in flow.operations:
+        layer = layers.find(operation)
+        if layer is None or operation.module not in quantized:
+            continue
+        computed = [value for value in operation.inputs if flow.is_computed(value)]
+        if not computed:
+            continue
+        group = groups.setdefault(computed[0], _Group())
+        dims = len(flow.shapes[computed[0]])
+        reason = layers.reason_against(operation, computed, dims) or _reason_against(layer)
+        group.readers[operation.module] = layer
+        group.reason = group.reason or reason
+    for value, group in groups.items():
+        group.reason = group.reason or _reason_against_tensor(flow, value, set(group.readers))
+    return list(groups.values())
+
+
+def _reason_against(layer: Any) -> str:
+    """Why the input of a layer must keep its mean, "" if it may be moved."""
+    if layer.bias is None:
+        return "it has no bias; fold_batchnorm gives it one"
+    if pads_input(layer):
+        return "it pads its input with zeros"
+    if is_shifted(layer):
+        return "it is centered already"
+    return ""
+
+
+def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str:
+    """Why a tensor cannot be centered for all its readers, "" if it can.
+
+    Args:
+        flow: The data flow of the model.
+        value: Number of the tensor.
+        readers: The layers that read it.
+    """
+    path = [value]
+    while True:
+        producer = flow.producer_of(path[-1])
+        clamp = None if producer is None else clamp_of(producer)
+        if clamp is not None and all(map(isfinite, clamp)):
+            break
+        if producer is None or not _keeps_offset(producer):
+            return "no clamp with two bounds, such as ReLU6, writes it"
+        path.append(producer.inputs[0])
+    if not set(flow.outputs).isdisjoint(path):
+        return "it is an output of the model"
+    for tensor in path:
+        for reader in flow.list_readers(tensor):
+            is_on_path = not set(reader.outputs).isdisjoint(path)
+            if not is_on_path and not (tensor == value and reader.module in readers):
+                return f"{reader.module or reader.function} reads it, too"
+    return ""
+
+
+def _keeps_offset(operation: Operation) -> bool:
+    """Whether a function of one tensor passes a constant on that is added to it."""
+    return operation.function in SHIFTED and len(operation.inputs) == 1
+
+
+def _observe(model: nn.Module, batches: list[Any], groups: Iterable[_Group] = ()) -> FlatArrays:
+    """Run all batches, collect the values of the groups, and return the outputs by name."""
+    outputs = FlatOutputs()
+    count = _VALUES // len(batches)
+    with ExitStack() as hooks, evaluating(model):
+        for group in groups:
+            if not group.reason:
+                first = next(iter(group.readers.values()))
+                collect = partial(_collect_input, group, count)
+                handle = first.register_forward_pre_hook(collect, with_kwargs=True)
+                hooks.callback(handle.remove)
+        for batch in tqdm(batches, desc="center", unit="batch", disable=None):
+            outputs.add(call_model(model, batch), batch)
+    return outputs.join()
+
+
+def _collect_input(group: _Group, count: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+    group.collect(next(iter((*args, *kwargs.values()))), count)
+
+
+def _draw(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Some of the values, at random; all if they are few."""
+    if len(values) <= count:
+        return values
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(values), (count,), generator=generator)
+    return values[index.to(values.device)]
+
+
+def _error(values: torch.Tensor, amax: float) -> float:
+    """Mean squared error of values in int8."""
+    quantized = fake_quantize(values, values.new_tensor(amax))
+    return float((quantized - values).square().mean())

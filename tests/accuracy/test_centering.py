@@ -1,0 +1,186 @@
+"""Centered inputs: the float model stays the same, and int8 gains behind clamps with two bounds."""
+
+import copy
+from collections import Counter
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+import qdq
+from qdq.metrics import sqnr_db
+
+
+class Narrow(nn.Module):
+    """Like a block of EfficientNet-Lite: one ReLU6 serves two places, the depthwise filter pads."""
+
+    def __init__(self):
+        super().__init__()
+        self.expand = nn.Conv2d(3, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.project = nn.Conv2d(16, 8, 1)
+        self.head = nn.Conv2d(8, 32, 1)
+        self.classify = nn.Linear(32, 10)
+        self.relu = nn.ReLU6()
+
+    def forward(self, x):
+        x = self.relu(self.depthwise(self.relu(self.expand(x))))
+        x = self.relu(self.head(self.project(x)))
+        return self.classify(x.mean((2, 3)))
+
+
+@pytest.fixture
+def net():
+    model = Narrow().eval()
+    with torch.no_grad():
+        for layer in (model.depthwise, model.head):
+            layer.weight.mul_(8)
+            layer.bias.add_(2.0)
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(24, 3, 12, 12)
+
+
+def quantize(model, images):
+    qdq.swap_modules(model, images[:2], include=["*"])
+    qdq.rewire_operations(model, images[:2])
+    qdq.calibrate_model(model, [images], method="mse")
+    qdq.correct_bias(model, [images])
+
+
+def test_float_model_is_unchanged_and_int8_gains(net, images):
+    fitted, held = images[:16], images[16:]
+    expected = qdq.predict(net, [held])
+    plain = copy.deepcopy(net)
+    quantize(plain, fitted)
+    report = qdq.center_inputs(net, [fitted[:8], fitted[8:]], include=["*"])
+    assert sqnr_db(expected, qdq.predict(net, [held])) > 100
+    assert report.float_db > 100
+    centered = {entry.read_by: entry for entry in report.inputs if not entry.reason}
+    assert set(centered) == {("project",), ("classify",)}
+    assert centered["project",].offset == pytest.approx(3, abs=0.7)
+    assert 4 < centered["project",].gain_db < 7  # half of the step is 6 dB
+    quantize(net, fitted)
+    gain_db = sqnr_db(expected, qdq.predict(net, [held])) - sqnr_db(
+        expected, qdq.predict(plain, [held])
+    )
+    assert gain_db > 1
+    qdq.restore_modules(net)
+    assert sqnr_db(expected, qdq.predict(net, [held])) > 100
+
+
+def test_the_gain_is_that_of_the_tensor():
+    """Squared errors with the best ranges, computed in float64."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1)).eval()
+    images = 3 * torch.randn(8, 4, 10, 10)
+    x = model[:2](images).detach().double().flatten()
+    report = qdq.center_inputs(model, [images], include=["*"])
+    (entry,) = (entry for entry in report.inputs if not entry.reason)
+
+    def error(values, amax):
+        step = amax / 127
+        return float(((values / step).round().clamp(-128, 127) * step - values).square().mean())
+
+    fractions = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    plain = min(error(x, fraction * x.max()) for fraction in fractions)
+    centered = min(error(x - f * x.max() / 2, f * x.max() / 2) for f in fractions)
+    gain_db = 10 * float(torch.tensor(plain / centered).log10())
+    assert entry.gain_db == pytest.approx(gain_db, abs=0.1)
+
+
+def test_the_file_has_no_more_operators(net, images, tmp_path):
+    operators = []
+    for is_centered in (False, True):
+        model = copy.deepcopy(net)
+        if is_centered:
+            qdq.center_inputs(model, [images], include=["*"], exclude=["classify"])
+        quantize(model, images)
+        exported = qdq.export_onnx(model, images[:2], tmp_path / "net.onnx")
+        expected = qdq.predict(model, [images])
+        floor_db = qdq.measure_tie_floor(model, [images], expected=expected)
+        assert sqnr_db(expected, qdq.predict(exported.path, [images])) > min(floor_db - 3, 60)
+        check = qdq.check_onnx(exported.path)
+        assert not [finding for finding in check.findings if finding.severity == "error"]
+        graph = onnx.load(exported.path).graph
+        operators.append(Counter(node.op_type for node in graph.node))
+    assert operators[0] == operators[1]
+    assert "Sub" not in operators[1]
+    ort.InferenceSession(exported.path)
+
+
+def test_what_is_read_by_something_else_stays():
+    class Shortcut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 1)
+            self.second = nn.Conv2d(8, 8, 1)
+            self.third = nn.Conv2d(8, 8, 3, padding=1)
+            self.fourth = nn.Conv2d(8, 8, 1, bias=False)
+            self.fifth = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.first(x).clamp(0, 6)
+            x = (x + self.second(x)).clamp(0, 6)
+            x = self.third(x).clamp(0, 6)
+            x = self.fourth(x).clamp(min=0)
+            return self.fifth(x)
+
+    model = Shortcut().eval()
+    images = 4 * torch.randn(4, 3, 6, 6)
+    before = copy.deepcopy(model.state_dict())
+    report = qdq.center_inputs(model, [images], include=["*"])
+    reasons = {name: entry.reason for entry in report.inputs for name in entry.read_by}
+    assert "no clamp with two bounds" in reasons["first"]
+    assert reasons["second"] == "add reads it, too"
+    assert reasons["third"] == "it pads its input with zeros"
+    assert "it has no bias" in reasons["fourth"]
+    assert "no clamp with two bounds" in reasons["fifth"]
+    assert report.float_db == float("inf")
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
+    assert "0 of 5 inputs" in report.format_table()
+
+
+def test_a_clamp_around_0_is_centered_already():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Hardtanh(), nn.Conv2d(8, 8, 1)).eval()
+    report = qdq.center_inputs(model, [5 * torch.randn(4, 3, 6, 6)], include=["*"])
+    assert report.inputs[1].reason == "no offset lowers the noise by 3 dB"
+
+
+def test_a_second_call_changes_nothing(net, images):
+    qdq.center_inputs(net, [images], include=["*"])
+    before = copy.deepcopy(net.state_dict())
+    again = qdq.center_inputs(net, [images], include=["*"])
+    assert all(torch.equal(values, before[name]) for name, values in net.state_dict().items())
+    assert all(entry.reason for entry in again.inputs)
+
+
+def test_it_goes_together_with_rounding_and_a_saved_state(net, images):
+    qdq.center_inputs(net, [images], include=["*"])
+    swapped = copy.deepcopy(net)
+    expected = qdq.predict(net, [images])
+    quantize(net, images)
+    before_db = sqnr_db(expected, qdq.predict(net, [images]))
+    qdq.round_weights(net, [images])
+    assert sqnr_db(expected, qdq.predict(net, [images])) > before_db
+    qdq.swap_modules(swapped, images[:2], include=["*"])
+    qdq.rewire_operations(swapped, images[:2])
+    swapped.load_state_dict(net.state_dict())
+    torch.testing.assert_close(swapped(images), net(images), rtol=0, atol=0)
+
+
+def test_refusals(net, images):
+    with pytest.raises(qdq.ArgumentError, match="least_db is nan"):
+        qdq.center_inputs(net, [images], least_db=float("nan"))
+    with pytest.raises(qdq.ArgumentTypeError):
+        qdq.center_inputs(net, images)
+    with pytest.raises(qdq.DataError):
+        qdq.center_inputs(net, [])
+    qdq.swap_modules(net, images[:2], include=["*"])
+    with pytest.raises(qdq.StateError, match="before swap_modules"):
+        qdq.center_inputs(net, [images])
