@@ -31,6 +31,7 @@ def qat(
     calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     max_float_layers: NonNegativeInt = 0,
+    center: bool = False,
     accuracy: Literal["fast", "balanced", "best"] = "fast",
     formats: str = "int8",
     target: str | None = None,
@@ -71,6 +72,8 @@ def qat(
         calib_batches: Batches to calibrate on.
         eval_images: Images, or other samples, to evaluate on.
         max_float_layers: The analysis leaves at most this many layers in float.
+        center: Subtract the middle of the range from the inputs behind ReLU6 and other clamps with two bounds: half
+            of the step at no cost in the file. It pays with corrected biases.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
@@ -158,6 +161,8 @@ def qat(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
+    if center:
+        qdq.center_inputs(net, calibration, exclude=exclude)
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
     rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 

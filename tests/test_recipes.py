@@ -573,3 +573,46 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
         "error: cannot fetch the weights SqueezeNet1_1_Weights.IMAGENET1K_V1 from https://"
     )
     assert "--weights random" in fix
+
+
+CLAMPED = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
+    first.weight.data.mul_(4)
+    last = [nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4)]
+    return nn.Sequential(first, nn.ReLU6(), second, *last).eval()
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
+"""
+
+
+@pytest.mark.trt
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("recipe", [RECIPE, TUNING])
+def test_centered_inputs_reach_the_file_and_the_engine(recipe, tmp_path):
+    from qdq.diverge.of_run import diverge_run
+
+    net, run = tmp_path / "net.py", tmp_path / "run"
+    net.write_text(CLAMPED)
+    arguments = ["--model", f"{net}:build", "--data", f"{net}:batches", "--calib-batches", "2"]
+    arguments += ["--eval-images", "4", "--max-float-layers", "0", "--center", "--output", run]
+    if recipe == TUNING:
+        arguments += ["--steps", "2"]
+    code, errors = run_recipe(recipe, arguments, tmp_path)
+    assert code == 0, errors
+    graph = onnx.load(run / "model.onnx").graph
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    (clip,) = (node for node in graph.node if node.op_type == "Clip")
+    low, high = (float(arrays[name]) for name in clip.input[1:])
+    assert high - low == pytest.approx(6) and -4 < low < -2
+    assert "Sub" not in {node.op_type for node in graph.node}
+    report = json.loads((run / "report.json").read_text())
+    assert report["summary"]["census"]["Int8"]["missing"] == []
+    assert diverge_run(run).divergence.first is None
+    assert "1 of 3 inputs of layers centered" in (run / "run.log").read_text()

@@ -19,7 +19,7 @@ from qdq.diverge.causes import explain_values, find_causes
 from qdq.diverge.compare import BFLOAT16_ROUNDING, ENGINE_ROUNDING, Comparison
 from qdq.diverge.dumps import read_dumps
 from qdq.diverge.file_run import FileRun
-from qdq.diverge.places import find_places
+from qdq.diverge.places import find_moved_layers, find_places
 from qdq.diverge.record import list_layers, list_quantizers
 from qdq.diverge.result import Divergence as Divergence
 from qdq.diverge.result import TensorDistance as TensorDistance
@@ -27,6 +27,7 @@ from qdq.errors import ArgumentError, DataError
 from qdq.files import as_path
 from qdq.forward import require_model
 from qdq.metrics import Array
+from qdq.nn.scaling import list_offsets
 from qdq.text import printable
 
 
@@ -61,7 +62,8 @@ def find_divergence(
     loaded = load_onnx(path)
     require_whole(loaded)
     batches = list_filled_batches(batches)
-    quantizers, layers = list_quantizers(model), list_layers(model)
+    quantizers = list_quantizers(model)
+    layers = _list_comparable_layers(model, loaded.model.graph)
     tensors: Mapping[str, Array] = {}
     ignored: tuple[str, ...] = ()
     if dumps is not None:
@@ -107,6 +109,21 @@ def find_divergence(
         *find_causes(model, loaded.model, batches[0], site),
     ]
     return replace(result, causes=tuple(causes))
+
+
+def _list_comparable_layers(model: nn.Module, graph: ir.Graph) -> dict[str, nn.Module]:
+    """The layers whose output in the file is that of torch; behind the others, the next quantizer is compared."""
+    layers = list_layers(model)
+    offsets = list_offsets(model)
+    if not offsets:
+        return layers
+    biases = {}
+    for name, layer in layers.items():
+        bias = layer._parameters.get("bias")
+        if bias is not None:
+            biases[name] = bias.detach().float().cpu().numpy()
+    moved = find_moved_layers(graph, biases, offsets)
+    return {name: layer for name, layer in layers.items() if name not in moved}
 
 
 def _measure_shapes(

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import nn
 
+from qdq.accuracy.centering import center_inputs
 from qdq.build import has_type
 from qdq.bundle.commands import choose_model, list_types
 from qdq.bundle.folder import name_arrays
@@ -149,6 +150,8 @@ def _make_model(settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     model, exclude = workload.module, tuple(settings["exclude"])
     formats = parse_formats(settings.get("formats", INT8))  # earlier versions do not say
     fold_batchnorm(model, workload.example)
+    if settings.get("center"):  # earlier versions do not say
+        center_inputs(model, workload.calibration, exclude=exclude)
     swap_modules(model, workload.example, exclude=exclude, formats=formats)
     rewire_operations(model, workload.example, exclude=exclude, formats=formats)
     return model, workload.calibration

@@ -6,12 +6,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from qdq.diverge.record import Site
 from qdq.graph.pairs import COPY_OPS, QDQ_OPS, constant_of, is_op
+from qdq.metrics import Array
 
 _MOST_COPIES = 6
+_BIAS_ROUNDING = 2.0**-10  # the bias may be in float16
 _COPIES = COPY_OPS | {"Pad"}
 _NUMBERED = re.compile(r"_(\d+)")
 _PREFIX = "qdq.diverge"
@@ -100,6 +103,30 @@ def find_places(
     if add_outputs:
         _add_outputs(graph, added)
     return Places(pairs, outputs, nodes)
+
+
+def find_moved_layers(
+    graph: ir.Graph, biases: Mapping[str, Array], offsets: Collection[float]
+) -> set[str]:
+    """The layers whose output in the file is not that of torch, because `FoldOffsets` moved an offset into their bias.
+
+    Args:
+        graph: The graph.
+        biases: Layer -> its bias in torch.
+        offsets: The offsets of the model.
+    """
+    moved = set()
+    for node in graph:
+        place, _ = split_name(node)
+        bias = constant_of(node.inputs[2]) if len(node.inputs) == 3 else None
+        if place not in biases or bias is None or bias.shape != biases[place].shape:
+            continue
+        for offset in offsets:
+            expected = biases[place] - np.float32(offset)
+            tolerance = _BIAS_ROUNDING * (np.abs(bias).max() + abs(offset))
+            if np.abs(bias.astype(np.float32) - expected).max() <= tolerance:
+                moved.add(place)
+    return moved
 
 
 def _find_last_nodes(graph: ir.Graph, layers: Collection[str]) -> dict[str, ir.Node]:

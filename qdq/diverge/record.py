@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -132,7 +132,7 @@ def list_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     return quantizers
 
 
-def list_layers(model: nn.Module) -> Mapping[str, nn.Module]:
+def list_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that hold parameters, and whose children hold none, by name."""
     layers = {}
     for name, module in model.named_modules():

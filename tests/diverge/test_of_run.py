@@ -30,9 +30,26 @@ def batches():
 """
 
 
-def make_run(folder, formats="int8"):
+CLAMPED = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
+    first.weight.data.mul_(4)
+    last = [nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4)]
+    return nn.Sequential(first, nn.ReLU6(), second, *last).eval()
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
+"""
+
+
+def make_run(folder, formats="int8", *, net=NET, center=False):
     """A run as the recipe makes it, without the stages that take long."""
-    (folder / "net.py").write_text(NET)
+    (folder / "net.py").write_text(net)
     settings = {
         "model": f"{folder}/net.py:build",
         "weights": "DEFAULT",
@@ -45,6 +62,7 @@ def make_run(folder, formats="int8"):
         "seed": 0,
         "exclude": [],
         "formats": formats,
+        "center": center,
         "output_options": {"outputs": [], "mask": None, "output_weights": []},
     }
     run = qdq.start_run(folder / "run", settings=settings)
@@ -52,6 +70,8 @@ def make_run(folder, formats="int8"):
     workload = qdq.load_workload(qdq.WorkloadOptions(calib_batches=2, eval_samples=4, **options))
     model, calibration = workload.module, workload.calibration
     names = qdq.parse_formats(formats)
+    if center:
+        qdq.center_inputs(model, calibration)
     qdq.swap_modules(model, workload.example, formats=names)
     qdq.rewire_operations(model, workload.example, formats=names)
     qdq.calibrate_model(model, calibration, method="max", statistics=run.statistics_file)
@@ -60,7 +80,7 @@ def make_run(folder, formats="int8"):
         pins = {"2": "fp8", "3": "int8"}
         qdq.choose_formats(model, calibration, statistics, sm=89, method="max", pinned=pins)
     qdq.correct_bias(model, list(calibration))
-    assert model[0].bias is not None  # the float model has none
+    assert model[0].bias is not None  # NET has none in float
     onnx = qdq.export_onnx(model, workload.example, run.model_file).path
     qdq.save_references(model, calibration, run.references_file, onnx)
     qdq.save_tuned(model, run.quantized_file)
@@ -83,6 +103,29 @@ def test_a_run_with_fp8(formats, tmp_path):
     assert (ir.DataType.INT8 in code_types) == (formats != "fp8")
     for version in ("10", "11"):
         assert ("--stronglyTyped" in result.trtexec[version]) == (version == "10")
+
+
+@pytest.mark.parametrize("fault", [None, "weight", "bias"])
+def test_a_centered_run(fault, tmp_path):
+    """The file has the offset in the bias of the convolution before the clamp, which is no fault."""
+    run = make_run(tmp_path, net=CLAMPED, center=True)
+    assert "Sub" not in {node.op_type for node in ir.load(run / "model.onnx").graph}
+    assert diverge_run(run).divergence.first is None
+    if fault is None:
+        return
+    options = {"model": f"{tmp_path}/net.py:build", "data": f"{tmp_path}/net.py:batches"}
+    workload = qdq.load_workload(qdq.WorkloadOptions(calib_batches=2, eval_samples=4, **options))
+    model = workload.module
+    qdq.center_inputs(model, workload.calibration)
+    qdq.swap_modules(model, torch.randn(1, 3, 8, 8))
+    qdq.rewire_operations(model, torch.randn(1, 3, 8, 8))
+    qdq.load_tuned(model, run / "quantized.safetensors")
+    assert "input_offset" in model[2]._buffers
+    with torch.no_grad():
+        model[0].get_parameter(fault).mul_(1.5)
+    qdq.save_tuned(model, run / "quantized.safetensors")
+    first = diverge_run(run).divergence.first
+    assert first.name in ("0", "2._input_quantizer")
 
 
 def list_code_tensors(onnx):
