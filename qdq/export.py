@@ -55,6 +55,7 @@ from qdq.graph.transpose_keys import TransposeKeys
 from qdq.graph.weights import QuantizeWeights
 from qdq.metrics import Array
 from qdq.nn import QuantMixin
+from qdq.nn.mixin import fixed_biases
 from qdq.quantize import quantize_codes
 from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.rewire import RewirePlan
@@ -263,14 +264,15 @@ def _capture(
     )
     device = find_device(model)
     try:
-        with on_host(model):
+        with on_host(model), fixed_biases(model):
             return capture(args, kwargs)
     except ExportError as error:
         if device.type == "cpu" or not says_devices_differ(error):
             raise
         logger.info("captured on %s, because of constants there: %s", device, error.message)
     args, kwargs = move_batch((args, kwargs), device)
-    return capture(args, kwargs)
+    with fixed_biases(model):
+        return capture(args, kwargs)
 
 
 def _require_options(opset: Any, weights: Any, precision: Any) -> None:

@@ -167,7 +167,7 @@ def choose_formats(
             `apply_plan` and `analyze_layers` switch them off.
         path: File for the measurements, one line each; that of `analyze_layers` will do. A run that is killed and
             started again reads them, and so does a choice for another GPU on which the same layers can have both
-            formats, in a copy of this model.
+            formats, in a copy of this model. Of the processes that torchrun starts, all must call this.
         outputs: As for `predict`.
         mask: As for `predict`.
         weights: Weight of each output where one figure decides; None: the worst decides.
@@ -190,6 +190,7 @@ def choose_formats(
     pinned = pinned or {}
     require_precisions(pinned)
     view = OutputView(outputs, mask, weights)
+    file = None if path is None else as_path(path, "path")
     samples = list_filled_batches(batches)
     with redoing_passes(model):
         with disable_quantization(model):
@@ -204,11 +205,10 @@ def choose_formats(
         ranges = _Ranges(model, groups, statistics, method, weight_method)
         with Ranks() as ranks, ExitStack() as undo:
             fingerprint = ""
-            if path is not None:  # it reads all weights and data, which only a file needs
+            if file is not None:  # it reads all weights and data, which only a file needs
                 facts = _describe_measurements(rests, statistics, ranges, view)
                 fingerprint = fingerprint_analysis(model, trace, samples, facts, units)
-                path = as_path(path, "path")
-            journal = Journal(path, fingerprint, ranks)
+            journal = Journal(file, fingerprint, ranks)
             undo.callback(journal.close)
             trial = _Trial(model, samples, rests, ranges, view, journal)
             _return_to_int8(groups, ranges)

@@ -15,7 +15,7 @@ import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_layers
+from qdq.cli.refusals import check_centering, check_layers
 from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
@@ -69,8 +69,8 @@ def ptq(
         eval_images: Images, or other samples, to evaluate on.
         analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
-        center: Subtract the middle of the range from the inputs behind ReLU6 and other clamps with two bounds: half
-            of the step at no cost in the file. It pays with corrected biases.
+        center: Subtract the middle of the range from the inputs of int8 layers behind ReLU6 and other clamps with two
+            bounds: half of the step, and no operator more in the file.
         accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs (minutes), best also reconstructs blocks and fine-tunes weights
             without labels (many minutes). What does not help on held-out calibration samples is undone.
@@ -96,6 +96,7 @@ def ptq(
     qdq.check_run_folder(output, settings, target)
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
+    check_centering(center, format_names)
     analysis_options = analysis.as_arguments()
     targets = choose_targets(
         target,

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_layers, check_tuning
+from qdq.cli.refusals import check_centering, check_layers, check_tuning
 from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
@@ -72,8 +72,8 @@ def qat(
         calib_batches: Batches to calibrate on.
         eval_images: Images, or other samples, to evaluate on.
         max_float_layers: The analysis leaves at most this many layers in float.
-        center: Subtract the middle of the range from the inputs behind ReLU6 and other clamps with two bounds: half
-            of the step at no cost in the file. It pays with corrected biases.
+        center: Subtract the middle of the range from the inputs of int8 layers behind ReLU6 and other clamps with two
+            bounds: half of the step, and no operator more in the file.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
@@ -106,6 +106,7 @@ def qat(
     qdq.check_run_folder(output, settings)
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
+    check_centering(center, format_names)
     (built_for,) = choose_targets(
         () if target is None else (target,),
         sm=sm,

@@ -282,6 +282,7 @@ def bad_pattern(tmp_path):
         (["--target-sqnr", "nan"], 'invalid value "nan" for --target-sqnr'),
         (["--confirm", "-1"], 'invalid value "-1" for --confirm'),
         (["--gpu", "voodoo2"], "gpu is 'voodoo2'"),
+        (["--center", "--formats", "fp8"], "--center is given, and --formats has fp8"),
         (["--profile", "missing.json"], "missing.json is not an engine profile"),
         (["--target-drop", "0.1"], "error: --target-drop is given, but no metric"),
         (["--target-metric", "1"], "error: --target-metric is given, but no metric"),

@@ -51,6 +51,7 @@ from qdq.errors import StateError
 from qdq.formats import Format
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
+from qdq.nn.scaling import is_shifted, shift_of_mean
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.quantizer import TensorQuantizer
 from qdq.run import require_seed
@@ -221,7 +222,7 @@ def _round_in_order(
             results[name] = _round_layer(layer, product, samples.pop(name), steps)
             progress.update()
             weight = layer.weight_quantizer(layer._parameters["weight"])
-            return product.compute(weight=weight, bias=layer.bias)
+            return product.compute(weight=weight, bias=layer._parameters["bias"])
 
         try:
             outputs = visit_products(model, layers, inputs, learn)
@@ -254,6 +255,10 @@ def _round_layer(layer: QuantMixin, product: Product, sample: Sample, steps: int
     codes = problem.descend(codes)
     error = problem.loss(codes) / problem.loss(problem.nearest).clamp_min(_TINY)
     shift = problem.best_shift(codes)
+    if is_shifted(
+        layer
+    ):  # the bias followed the rounding of the former weight; this one is not rounded further
+        shift = shift + shift_of_mean(layer, layer.weight_quantizer(weight))
     weight.copy_((codes * problem.scale).reshape(weight.shape))
     add_to_bias(layer, shift)
     changed = (codes != problem.nearest).float().mean()

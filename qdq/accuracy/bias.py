@@ -51,6 +51,7 @@ from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError, StateError
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
+from qdq.nn.scaling import is_shifted, shift_of_mean
 from qdq.outputs import Mask, OutputView, Selection, is_masked, keep_rows
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
@@ -224,11 +225,14 @@ def _correct_empirically(
             rows = product.rows_of(product.compute())[sample.positions].float()
             weight = sample.weigh(rows).double()
             shift = (weight * (sample.rows - rows)).sum(0)
+            moved = None
+            if is_shifted(layer):  # the bias of the product is not the parameter then
+                moved = (product.arguments["bias"] + shift).to(rows.dtype)
             add_to_bias(layer, shift)
             means = (weight * sample.rows).sum(0)
             shifts[name] = _relative(shift, means)
             progress.update()
-            return product.compute(bias=layer.bias)
+            return product.compute(bias=layer.bias if moved is None else moved)
 
         outputs = visit_products(model, plan.layers, inputs, correct)
     flat = flatten_outputs(outputs, inputs, view)
@@ -249,6 +253,8 @@ def _correct_analytically(
         error = _quantized_weight(plan.layers[name]) - product.arguments["weight"]
         mean_error = product.compute(input=_mean_input(product, mask), weight=error, bias=None)
         shift = -product.rows_of(mean_error).double().mean(0)
+        if is_shifted(plan.layers[name]):  # the bias follows the rounding of the weight already
+            shift -= shift_of_mean(plan.layers[name], _quantized_weight(plan.layers[name]))
         shifts[name] = shift
         means = product.rows_of(output)[product.list_positions(output, mask)].double().mean(0)
         relative_shifts[name] = _relative(shift, means)

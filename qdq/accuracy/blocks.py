@@ -58,6 +58,7 @@ from qdq.device import read_numbers, without_tf32
 from qdq.errors import ArgumentError, DataError, StateError
 from qdq.forward import call_model, evaluating, require_model
 from qdq.nn import QuantMixin
+from qdq.nn.scaling import is_shifted, shift_of_mean
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.quantize import own_tensor
 from qdq.quantizer import TensorQuantizer, disable_quantization, named_quantizers
@@ -726,7 +727,13 @@ class _LearnedLayer:
     @torch.no_grad()
     def store(self) -> None:
         """Give the layer the values of the learned codes, and the bias."""
-        self._layer.get_parameter("weight").copy_(self.codes.harden() * self._scale)
+        weight = self._layer.get_parameter("weight")
+        values = (self.codes.harden() * self._scale).to(weight.dtype)
+        if is_shifted(
+            self._layer
+        ):  # the bias has followed these codes; the new weight is not rounded further
+            self.bias.add_(shift_of_mean(self._layer, values))
+        weight.copy_(values)
         bias = self._layer._parameters["bias"]
         if bias is None:
             trains = self._layer.get_parameter("weight").requires_grad

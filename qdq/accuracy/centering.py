@@ -1,14 +1,15 @@
 """Moves the input of a layer behind a clamp with two bounds to the middle of its range, which halves the step of int8.
 
 TensorRT's int8 is symmetric: of the values 0 to 6 behind a ReLU6, half of the codes are lost. A layer y = W x + b
-computes W (x - c) + (b + W c), and x - c has codes on both sides. The subtraction costs nothing in the engine:
-`graph.fold_offsets` moves c into the bias of the convolution before the clamp, and into the bounds of the clamp. So the
+computes W (x - c) + (b + W c), and x - c has codes on both sides. The subtraction is no operator of the file:
+`graph.fold_offsets` moves c into the bias of the product before the clamp, and into the bounds of the clamp. So the
 clamp stays, as a Clip with other bounds. A layer that pads its input would read 0 there instead of -c: it is left
 alone.
 
 With a range that clips at h, the range around the middle c = (l + h) / 2 of [l, h] clips the same values with half of
-the step: 6 dB if l is 0. The end h with the least squared error is taken. Rounded weights now shift the mean of the
-output, because most values of the input are far from 0; `correct_bias` takes that away.
+the step: 6 dB if l is 0. The end h with the least squared error is taken. Rounded weights W' would shift the mean of
+the output, because most values of the input are far from 0 then. So the bias of a swapped layer follows the rounding:
+it has W' c in place of W c (`nn.mixin`).
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isfinite, log10
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from qdq.accuracy.equalization import SHIFTED, ScalableLayers, pads_input, rounding_db
+from qdq.accuracy.equalization import ScalableLayers, pads_input, rounding_db
 from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
 from qdq.batch import list_filled_batches
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.device import without_tf32
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError, StateError
 from qdq.forward import Operation, call_model, evaluating, require_model, trace_forward
+from qdq.functions import CONVOLUTIONS, IDENTITIES, LINEAR
 from qdq.nn import QuantInputMixin
 from qdq.nn.scaling import is_shifted, shift_input, unshift_input
 from qdq.patterns import Pattern
@@ -41,17 +45,12 @@ from qdq.text import group_names
 
 logger = logging.getLogger(__name__)
 
-_FRACTIONS = (
-    1.0,
-    0.9,
-    0.8,
-    0.7,
-    0.6,
-    0.5,
-)  # of the largest value; calibration computes the final range
+# Of the largest value; calibration computes the final range.
+_FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _VALUES = 65536  # of a tensor, on which ranges are compared
 # The terms of a sum grow by the offset, and their rounding with them. A mean that moves wrongly costs much more.
 _ROUNDING_DB = 20.0
+_LEAST_FLOAT_DB = 30.0  # of models in half precision, whose parameters are rounded coarsely
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -118,8 +117,8 @@ def center_inputs(
     """Subtract the middle of the range from inputs behind ReLU6 and other clamps with two bounds; in place.
 
     Call it before `swap_modules`, and after `fold_batchnorm`, `equalize_layers` and `smooth_inputs`. A centered layer
-    computes the same from `input - offset`; the offset is a buffer of it. Correct biases after the calibration: the
-    rounding of the weights shifts more means than before.
+    computes the same from `input - offset`; the offset is a buffer of it. After an error or Ctrl-C the model is as
+    before. It is for int8: the numbers of FP8 are densest around 0, so FP8 loses by it.
 
     Args:
         model: A float model.
@@ -132,8 +131,8 @@ def center_inputs(
         The inputs of all layers that `swap_modules` would quantize, and how exactly the float model was preserved.
 
     Raises:
-        ArgumentError: `least_db` is not a finite number.
-        ArgumentTypeError: One tensor or dictionary instead of batches.
+        ArgumentError: `least_db` is not finite.
+        ArgumentTypeError: One tensor or dictionary instead of batches, or `least_db` is not a number.
         DataError: No batch with samples.
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
@@ -141,6 +140,10 @@ def center_inputs(
     if any(isinstance(module, QuantInputMixin) for module in model.modules()):
         raise StateError(
             "the model has quantized layers.", "call center_inputs before swap_modules."
+        )
+    if isinstance(least_db, bool) or not isinstance(least_db, Real):
+        raise ArgumentTypeError(
+            f"least_db is {least_db!r}, a {type(least_db).__name__}.", "pass a number of decibels."
         )
     if not isfinite(least_db):
         raise ArgumentError(f"least_db is {least_db}.", "pass a finite number of decibels.")
@@ -150,9 +153,15 @@ def center_inputs(
     expected = _observe(model, samples, groups)
     for group in groups:
         group.decide(least_db)
-        group.apply()
-    float_db = min(list_decibels(expected, _observe(model, samples)).values())
-    if float_db < rounding_db(model) - _ROUNDING_DB:
+    try:
+        for group in groups:
+            group.apply()
+        float_db = min(list_decibels(expected, _observe(model, samples)).values())
+    except BaseException:
+        for group in groups:
+            group.undo("interrupted")
+        raise
+    if float_db < max(rounding_db(model) - _ROUNDING_DB, _LEAST_FLOAT_DB):
         for group in groups:
             group.undo(f"undone: it changed the float outputs, SQNR {float_db:.1f} dB")
         float_db = min(list_decibels(expected, _observe(model, samples)).values())
@@ -186,16 +195,17 @@ class _Group:
     former_biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def collect(self, x: torch.Tensor, count: int) -> None:
+    def collect(self, x: torch.Tensor, count: int, generator: torch.Generator) -> None:
         """Add the values of the tensor in one batch.
 
         Args:
             x: The tensor.
             count: Number of values to keep.
+            generator: Draws them.
         """
         self.low = min(self.low, float(x.min()))
         self.high = max(self.high, float(x.max()))
-        self.values.append(_draw(x.detach().float().flatten(), count))
+        self.values.append(_draw(x.detach().float().flatten(), count, generator))
 
     @torch.no_grad()
     def decide(self, least_db: float) -> None:
@@ -212,7 +222,7 @@ class _Group:
             errors[self.low + radius] = _error(values - (self.low + radius), radius)
         self.offset = min(errors, key=errors.__getitem__)
         self.gain_db = 10 * log10(max(plain, _TINY) / max(errors[self.offset], _TINY))
-        if self.gain_db < least_db:
+        if not self.gain_db >= least_db:
             self.reason = f"no offset lowers the noise by {least_db:g} dB"
 
     @torch.no_grad()
@@ -221,10 +231,11 @@ class _Group:
         if self.reason:
             return
         for name, layer in self.readers.items():
+            offset = layer.weight.new_tensor(self.offset)  # rounded to the type of the weight
             self.former_biases[name] = layer.bias.detach().clone()
-            moved = self.offset * layer.weight.double().flatten(1).sum(1)
+            shift_input(layer, offset)
+            moved = offset.double() * layer.weight.double().flatten(1).sum(1)
             layer.bias.copy_(layer.bias.double() + moved)
-            shift_input(layer, layer.weight.new_tensor(self.offset))
 
     @torch.no_grad()
     def undo(self, reason: str) -> None:
@@ -232,7 +243,8 @@ class _Group:
         for name, bias in self.former_biases.items():
             layer = self.readers[name]
             layer.bias.copy_(bias)
-            unshift_input(layer)
+            if is_shifted(layer):
+                unshift_input(layer)
             self.reason = reason
 
     @property
@@ -249,6 +261,7 @@ def _find_groups(model: nn.Module, inputs: Any, plan: SwapPlan) -> list[_Group]:
     trace = trace_forward(model, inputs)
     flow = Dataflow(trace)
     layers = ScalableLayers(model, trace)
+    inputs_of = {run.module: run.inputs[0] for run in trace.runs if run.inputs}
     groups: dict[int, _Group] = {}
     for operation in flow.operations:
         layer = layers.find(operation)
@@ -260,6 +273,8 @@ def _find_groups(model: nn.Module, inputs: Any, plan: SwapPlan) -> list[_Group]:
         group = groups.setdefault(computed[0], _Group())
         dims = len(flow.shapes[computed[0]])
         reason = layers.reason_against(operation, computed, dims) or _reason_against(layer)
+        if inputs_of[operation.module] != computed[0]:
+            reason = reason or "its forward changes the input before the product"
         group.readers[operation.module] = layer
         group.reason = group.reason or reason
     for value, group in groups.items():
@@ -271,11 +286,21 @@ def _reason_against(layer: Any) -> str:
     """Why the input of a layer must keep its mean, "" if it may be moved."""
     if layer.bias is None:
         return "it has no bias; fold_batchnorm gives it one"
-    if pads_input(layer):
+    if pads_input(layer) or _may_pad(layer):
         return "it pads its input with zeros"
     if is_shifted(layer):
         return "it is centered already"
     return ""
+
+
+def _may_pad(layer: Any) -> bool:
+    """Whether a subclass of a convolution has a forward of its own that may pad, for instance at other sizes only."""
+    if not isinstance(layer, _ConvNd):
+        return False
+    has_kernel = any(size > 1 for size in layer.kernel_size)
+    classes: list[Any] = list(type(layer).__mro__)
+    torch_class = next(base for base in classes if base.__module__ == _ConvNd.__module__)
+    return has_kernel and classes[0].forward is not torch_class.forward
 
 
 def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str:
@@ -287,14 +312,15 @@ def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str
         readers: The layers that read it.
     """
     path = [value]
-    while True:
-        producer = flow.producer_of(path[-1])
-        clamp = None if producer is None else clamp_of(producer)
-        if clamp is not None and all(map(isfinite, clamp)):
-            break
-        if producer is None or not _keeps_offset(producer):
-            return "no clamp with two bounds, such as ReLU6, writes it"
+    producer = flow.producer_of(value)
+    while producer is not None and _returns_input(producer):
         path.append(producer.inputs[0])
+        producer = flow.producer_of(path[-1])
+    bounds = None if producer is None else clamp_of(producer)
+    if producer is None or bounds is None or not all(map(isfinite, bounds)):
+        return "no clamp with two bounds, such as ReLU6, writes it"
+    if not _has_bias_before(flow, producer):
+        return "no convolution with a bias, or linear layer of rows, is before its clamp"
     if not set(flow.outputs).isdisjoint(path):
         return "it is an output of the model"
     for tensor in path:
@@ -305,20 +331,36 @@ def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str
     return ""
 
 
-def _keeps_offset(operation: Operation) -> bool:
-    """Whether a function of one tensor passes a constant on that is added to it."""
-    return operation.function in SHIFTED and len(operation.inputs) == 1
+def _has_bias_before(flow: Dataflow, clamp: Operation) -> bool:
+    """Whether the export can move an offset into the bias of the product before a clamp.
+
+    Args:
+        flow: The data flow of the model.
+        clamp: The clamp.
+    """
+    value = clamp.inputs[0]
+    product = flow.producer_of(value)
+    if product is None or len(product.inputs) < 3 or len(flow.list_readers(value)) > 1:
+        return False
+    is_convolution = product.function in CONVOLUTIONS
+    return is_convolution or (product.function in LINEAR and len(flow.shapes[value]) == 2)
+
+
+def _returns_input(operation: Operation) -> bool:
+    """Whether a function returns its input as it is, such as dropout."""
+    return operation.function in IDENTITIES and len(operation.inputs) == 1
 
 
 def _observe(model: nn.Module, batches: list[Any], groups: Iterable[_Group] = ()) -> FlatArrays:
     """Run all batches, collect the values of the groups, and return the outputs by name."""
     outputs = FlatOutputs()
-    count = _VALUES // len(batches)
+    count = max(1, _VALUES // len(batches))
+    generator = torch.Generator().manual_seed(0)
     with ExitStack() as hooks, evaluating(model):
         for group in groups:
             if not group.reason:
                 first = next(iter(group.readers.values()))
-                collect = partial(_collect_input, group, count)
+                collect = partial(_collect_input, group, count, generator)
                 handle = first.register_forward_pre_hook(collect, with_kwargs=True)
                 hooks.callback(handle.remove)
         for batch in tqdm(batches, desc="center", unit="batch", disable=None):
@@ -326,15 +368,16 @@ def _observe(model: nn.Module, batches: list[Any], groups: Iterable[_Group] = ()
     return outputs.join()
 
 
-def _collect_input(group: _Group, count: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-    group.collect(next(iter((*args, *kwargs.values()))), count)
+def _collect_input(
+    group: _Group, count: int, generator: torch.Generator, _: nn.Module, args: Any, kwargs: Any
+) -> None:
+    group.collect(next(iter((*args, *kwargs.values()))), count, generator)
 
 
-def _draw(values: torch.Tensor, count: int) -> torch.Tensor:
+def _draw(values: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Some of the values, at random; all if they are few."""
     if len(values) <= count:
         return values
-    generator = torch.Generator().manual_seed(0)
     index = torch.randint(len(values), (count,), generator=generator)
     return values[index.to(values.device)]
 

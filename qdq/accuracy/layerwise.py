@@ -625,11 +625,14 @@ def add_to_bias(layer: Any, shift: torch.Tensor) -> None:
         shift: `[Cout]`.
     """
     weight = layer._parameters["weight"]
-    if layer.bias is None:
+    if layer._parameters["bias"] is None:
         zeros = own_tensor(torch.zeros_like(weight.detach().flatten(1)[:, 0]))
         layer.bias = nn.Parameter(zeros, weight.requires_grad)
+    bias = layer._parameters[
+        "bias"
+    ]  # during a forward, `layer.bias` may be another one, see QuantMixin
     with torch.no_grad():
-        layer.bias.copy_(layer.bias.double() + shift)
+        bias.copy_(bias.double() + shift)
 
 
 def _unravel(positions: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:

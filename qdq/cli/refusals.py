@@ -189,6 +189,23 @@ def check_formats(formats: Sequence[str], sm: int, method: str) -> None:
         require_method(method, FP8)
 
 
+def check_centering(center: bool, formats: Sequence[str]) -> None:
+    """Refuse to center inputs that become FP8, whose numbers are densest around 0.
+
+    Args:
+        center: As for --center.
+        formats: As for `swap_modules`.
+
+    Raises:
+        ArgumentError: Both are given.
+    """
+    if center and FP8.name in formats:
+        raise ArgumentError(
+            "--center is given, and --formats has fp8: most values behind a ReLU6 are near 0, where FP8 is most exact.",
+            "leave --center out, or use --formats int8.",
+        )
+
+
 def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """The patterns that do not match any named module."""
     from qdq.patterns import Patterns

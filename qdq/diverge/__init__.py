@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -27,7 +28,8 @@ from qdq.errors import ArgumentError, DataError
 from qdq.files import as_path
 from qdq.forward import require_model
 from qdq.metrics import Array
-from qdq.nn.scaling import list_offsets
+from qdq.nn import QuantMixin
+from qdq.nn.scaling import is_shifted, list_offsets
 from qdq.text import printable
 
 
@@ -119,7 +121,9 @@ def _list_comparable_layers(model: nn.Module, graph: ir.Graph) -> dict[str, nn.M
         return layers
     biases = {}
     for name, layer in layers.items():
-        bias = layer._parameters.get("bias")
+        bias: torch.Tensor | None = layer._parameters.get("bias")
+        if isinstance(layer, QuantMixin) and is_shifted(layer):
+            bias = layer.find_moved_bias()
         if bias is not None:
             biases[name] = bias.detach().float().cpu().numpy()
     moved = find_moved_layers(graph, biases, offsets)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qdq.accuracy.centering import center_inputs
 from qdq.build import has_type
 from qdq.bundle.commands import choose_model, list_types
 from qdq.bundle.folder import name_arrays
@@ -24,6 +24,7 @@ from qdq.fold import fold_batchnorm
 from qdq.formats import INT8, parse_formats
 from qdq.graph.coverage import measure_coverage
 from qdq.metrics import Array
+from qdq.nn.scaling import OFFSET_KEY, shift_input
 from qdq.pairs import Pair as ReferencePair
 from qdq.pairs import load_pairs
 from qdq.predictor import list_file_inputs
@@ -87,7 +88,7 @@ def diverge_run(run: Path, *, dumps: Path | None = None, samples: int = 1) -> Ru
     onnx = _require_file(run / MODEL_FILE)
     _require_file(run / QUANTIZED_FILE)
     settings = _read_settings(run)
-    model, calibration = _make_model(settings)
+    model, calibration = _make_model(settings, run / QUANTIZED_FILE)
     load_tuned(model, run / QUANTIZED_FILE)
     file = OnnxModel(onnx)
     batches = draw_samples(calibration, samples, file)
@@ -129,8 +130,13 @@ def _read_settings(run: Path) -> dict[str, Any]:
     return settings
 
 
-def _make_model(settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
-    """The swapped and rewired model of a run, and its calibration samples."""
+def _make_model(settings: Mapping[str, Any], quantized: Path) -> tuple[nn.Module, Any]:
+    """The swapped and rewired model of a run, and its calibration samples.
+
+    Args:
+        settings: Those of the run.
+        quantized: Its weights and ranges.
+    """
     options = settings["output_options"]
     workload = load_workload(
         WorkloadOptions(
@@ -150,11 +156,29 @@ def _make_model(settings: Mapping[str, Any]) -> tuple[nn.Module, Any]:
     model, exclude = workload.module, tuple(settings["exclude"])
     formats = parse_formats(settings.get("formats", INT8))  # earlier versions do not say
     fold_batchnorm(model, workload.example)
-    if settings.get("center"):  # earlier versions do not say
-        center_inputs(model, workload.calibration, exclude=exclude)
+    _shift_inputs(model, quantized)
     swap_modules(model, workload.example, exclude=exclude, formats=formats)
     rewire_operations(model, workload.example, exclude=exclude, formats=formats)
     return model, workload.calibration
+
+
+def _shift_inputs(model: nn.Module, quantized: Path) -> None:
+    """Give the layers that `center_inputs` has centered in a run their offsets, before they are swapped.
+
+    Raises:
+        DataError: The file cannot be read, or has an offset of a layer that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    try:
+        with safe_open(quantized, "pt") as file:
+            names = [name for name in file.keys() if name.endswith(f".{OFFSET_KEY}")]  # noqa: SIM118  # no mapping
+            for name in names:
+                layer = modules[name.removesuffix(f".{OFFSET_KEY}")]
+                shift_input(layer, file.get_tensor(name))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DataError(
+            f"{printable(quantized)} does not fit the model: {printable(str(error))}.", _FIX
+        ) from error
 
 
 def _require_same_inputs(references: Path, inputs: Mapping[str, Array]) -> None:

@@ -121,10 +121,11 @@ def find_moved_layers(
         bias = constant_of(node.inputs[2]) if len(node.inputs) == 3 else None
         if place not in biases or bias is None or bias.shape != biases[place].shape:
             continue
+        difference = biases[place] - bias.astype(np.float32)
+        tolerance = _BIAS_ROUNDING * np.abs(bias).max()
         for offset in offsets:
-            expected = biases[place] - np.float32(offset)
-            tolerance = _BIAS_ROUNDING * (np.abs(bias).max() + abs(offset))
-            if np.abs(bias.astype(np.float32) - expected).max() <= tolerance:
+            is_moved = np.abs(difference - offset).max() <= tolerance + _BIAS_ROUNDING * abs(offset)
+            if is_moved and np.abs(difference).max() > abs(offset) / 2:
                 moved.add(place)
     return moved
 

@@ -35,19 +35,21 @@ class FoldOffsets(ir.passes.InPlacePass):
 def _fold_offset(graph: ir.Graph, clip: ir.Node) -> bool:
     """Fold the Sub nodes behind a Clip, if all conditions hold."""
     product = producer_of(clip.inputs[0])
-    if not is_op(product, "Conv", "Gemm") or product.graph is not graph:
-        return False
     offset = _find_offset(clip)
+    if product is None or offset is None or not _adds_bias(product):
+        return False
+    output = product.outputs[0]
+    if product.graph is not graph or len(output.uses()) > 1 or output.is_graph_output():
+        return False
     bias = constant_of(input_of(product, _BIAS))
-    bounds = [constant_of(input_of(clip, position)) for position in (1, 2)]
-    is_read_once = len(product.outputs[0].uses()) == 1 and not product.outputs[0].is_graph_output()
-    if offset is None or bias is None or any(bound is None for bound in bounds) or not is_read_once:
+    low = constant_of(input_of(clip, 1))
+    high = constant_of(input_of(clip, 2))
+    if bias is None or low is None or high is None:
         return False
 
     _replace_constant(graph, product, _BIAS, bias - offset)
-    for position, bound in zip((1, 2), bounds, strict=True):
-        assert bound is not None  # noqa: S101
-        _replace_constant(graph, clip, position, bound - offset)
+    _replace_constant(graph, clip, 1, low - offset)
+    _replace_constant(graph, clip, 2, high - offset)
     for node, _ in list(clip.outputs[0].uses()):
         node.outputs[0].replace_all_uses_with(clip.outputs[0])
         constant = node.inputs[1]
@@ -56,20 +58,28 @@ def _fold_offset(graph: ir.Graph, clip: ir.Node) -> bool:
     return True
 
 
+def _adds_bias(product: ir.Node) -> bool:
+    """Whether a node adds its third input as it is: `beta` of Gemm would multiply it."""
+    if is_op(product, "Gemm"):
+        return product.attributes.get_float("beta", 1.0) == 1.0
+    return is_op(product, "Conv")
+
+
 def _find_offset(clip: ir.Node) -> npt.NDArray[Any] | None:
-    """The scalar that all readers of a Clip subtract from it; None if they do not."""
+    """The number `[]` that all readers of a Clip subtract from it; None if they do not."""
     output = clip.outputs[0]
-    if output.is_graph_output():
+    if output.is_graph_output() or not output.uses():
         return None
     offsets = []
     for node, position in output.uses():
-        offset = constant_of(input_of(node, 1)) if is_op(node, "Sub") and position == 0 else None
-        if offset is None or offset.size != 1 or node.outputs[0].is_graph_output():
+        if not is_op(node, "Sub") or position != 0 or node.outputs[0].is_graph_output():
             return None
-        offsets.append(offset.reshape(()))
-    if not offsets or any(not np.array_equal(offset, offsets[0]) for offset in offsets):
-        return None
-    return offsets[0]
+        offset = constant_of(node.inputs[1])
+        if offset is None or offset.ndim:  # more dimensions could be those of the result
+            return None
+        offsets.append(offset)
+    is_equal = all(np.array_equal(offset, offsets[0]) for offset in offsets)
+    return offsets[0] if is_equal else None
 
 
 def _replace_constant(
@@ -79,6 +89,6 @@ def _replace_constant(
     former = node.inputs[position]
     assert former is not None  # noqa: S101
     name = find_free_name(graph, f"{former.name}_minus_offset_", 0)
-    value = add_initializer(graph, name, np.asarray(array, dtype=array.dtype))
+    value = add_initializer(graph, name, np.asarray(array))
     node.replace_input_with(position, value)
     remove_if_unused(former)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qdq.errors import StateError
+from qdq.nn.scaling import is_shifted, shift_of_mean
 from qdq.quantize import own_tensor
 from qdq.quantizer import QuantDescriptor, TensorQuantizer
 
@@ -107,6 +108,8 @@ class QuantMixin(QuantInputMixin):
     """
 
     default_quant_desc_weight: ClassVar[QuantDescriptor] = QuantDescriptor(axis=0)
+    moves_bias: bool = True
+    """Whether the bias follows the rounding of the weight if the input is shifted (`nn.scaling`); not where it has."""
     _weight_quantizer: TensorQuantizer
 
     def __init__(
@@ -213,7 +216,7 @@ class QuantMixin(QuantInputMixin):
         if is_float and self.keeps_float:
             with self._float_parameters():
                 return super().forward(input, *args, **kwargs)
-        with self._quantized_weight():
+        with self._quantized_weight(), self._moved_bias(is_float):
             return super().forward(input, *args, **kwargs)
 
     @contextmanager
@@ -229,6 +232,34 @@ class QuantMixin(QuantInputMixin):
             for name in _FLOAT_PARAMETERS:
                 del attributes[name]
             attributes.update(former)
+
+    @contextmanager
+    def _moved_bias(self, is_float: bool) -> Iterator[None]:
+        """Make `self.bias` the one that goes with the quantized weight in the block, if the input is shifted."""
+        if is_float or not self.moves_bias or not is_shifted(self):
+            yield
+            return
+        attributes = self.__dict__
+        bias: torch.Tensor = self.bias  # type: ignore[assignment]
+        is_replaced = "bias" in attributes
+        attributes["bias"] = bias + shift_of_mean(self, attributes["weight"])
+        try:
+            yield
+        finally:
+            if is_replaced:
+                attributes["bias"] = bias
+            else:
+                del attributes["bias"]
+
+    @torch.no_grad()
+    def find_moved_bias(self) -> torch.Tensor:
+        """The bias that goes with the quantized weight of a layer whose input is shifted, `[Cout]`."""
+        bias, weight = self._parameters["bias"], self._parameters["weight"]
+        assert bias is not None and weight is not None  # noqa: S101  # center_inputs wants both
+        if not self.moves_bias or not self._weight_quantizer.is_enabled:
+            return bias.detach().clone()
+        moved = bias.detach() + shift_of_mean(self, self._weight_quantizer(weight))
+        return moved.to(bias.dtype)
 
     @contextmanager
     def _quantized_weight(self) -> Iterator[None]:
@@ -252,3 +283,26 @@ class QuantMixin(QuantInputMixin):
                 self.__dict__["weight"] = weight
             else:
                 del self.__dict__["weight"]
+
+
+@contextmanager
+def fixed_biases(model: nn.Module) -> Iterator[None]:
+    """In the block, each bias that follows the rounding of its weight is a parameter, and not computed in the forward.
+
+    Args:
+        model: The model, which is captured in the block. A graph may read its parameters later, so a new one takes the
+            place of each bias.
+    """
+    former: list[tuple[QuantMixin, nn.Parameter]] = []
+    for layer in model.modules():
+        if isinstance(layer, QuantMixin) and is_shifted(layer):
+            former.append((layer, layer.get_parameter("bias")))
+    try:
+        for layer, bias in former:
+            layer._parameters["bias"] = nn.Parameter(layer.find_moved_bias(), bias.requires_grad)
+            layer.moves_bias = False
+        yield
+    finally:
+        for layer, bias in former:
+            layer._parameters["bias"] = bias
+            vars(layer).pop("moves_bias", None)

@@ -11,7 +11,8 @@ from torch import nn
 from qdq.quantize import own_tensor
 
 _FACTORS = "input_factors"
-_OFFSET = "input_offset"
+OFFSET_KEY = "input_offset"
+"""The buffer of a layer that has an offset."""
 
 
 def scale_input(layer: nn.Module, factors: torch.Tensor) -> None:
@@ -52,7 +53,7 @@ def shift_input(layer: nn.Module, offset: torch.Tensor) -> None:
         layer: A layer with one input, which has no offset yet.
         offset: A scalar, `[]`.
     """
-    layer.register_buffer(_OFFSET, own_tensor(offset))
+    layer.register_buffer(OFFSET_KEY, own_tensor(offset))
     layer.register_forward_pre_hook(_subtract_offset, with_kwargs=True)
 
 
@@ -62,13 +63,29 @@ def unshift_input(layer: nn.Module) -> None:
     Args:
         layer: A layer that has an offset.
     """
-    delattr(layer, _OFFSET)
+    delattr(layer, OFFSET_KEY)
     _forget_hook(layer, _subtract_offset)
 
 
 def is_shifted(layer: nn.Module) -> bool:
     """Whether a layer has an offset."""
-    return _OFFSET in layer._buffers
+    return OFFSET_KEY in layer._buffers
+
+
+def shift_of_mean(layer: nn.Module, quantized: torch.Tensor) -> torch.Tensor:
+    """What the rounding of the weight takes away from the bias of a shifted layer, `[Cout]`.
+
+    With an input x, a layer computes W (x - c) + b for its offset c, where b has W c already. With rounded weights W',
+    b must have W' c instead: then the offset does not move the mean of the output, however the weight is rounded.
+
+    Args:
+        layer: A convolution or linear layer that has an offset.
+        quantized: Its rounded weight.
+    """
+    weight = layer._parameters["weight"]  # `layer.weight` may be the rounded one, see QuantMixin
+    assert weight is not None  # noqa: S101
+    shift: torch.Tensor = getattr(layer, OFFSET_KEY) * (quantized - weight).flatten(1).sum(1)
+    return shift
 
 
 def list_offsets(model: nn.Module) -> list[float]:
@@ -76,7 +93,7 @@ def list_offsets(model: nn.Module) -> list[float]:
     offsets = []
     for layer in model.modules():
         if is_shifted(layer):
-            offsets.append(float(getattr(layer, _OFFSET)))
+            offsets.append(float(getattr(layer, OFFSET_KEY)))
     return offsets
 
 
@@ -98,7 +115,7 @@ def _multiply_input(
 def _subtract_offset(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    offset = getattr(layer, _OFFSET)
+    offset = getattr(layer, OFFSET_KEY)
     return _change_input(args, kwargs, lambda x: x - offset)
 
 

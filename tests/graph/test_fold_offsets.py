@@ -9,7 +9,7 @@ from qdq.graph.passes import run_passes
 GRAPH = """
 g (float[2,3,4,4] x) => (%s)
 <float[3,3,1,1] w = {1, -2, 0.5, 0.25, 1, 1, 3, -1, 2}, float[3] b = {1, 2, 3}, float low = {0}, float high = {6},
- float c = {2.5}, float other = {2}, float[3,1,1] channels = {1, 2, 3}>
+ float c = {2.5}, float other = {2}, float[1,1,1,1] ranked = {2.5}, float[3,1,1] channels = {1, 2, 3}>
 {
     p = Conv <kernel_shape = [1, 1]> (x, w%s)
     q = Clip (p, %s)
@@ -63,6 +63,8 @@ def test_a_bias_that_another_node_reads_stays():
         {"rest": "z = Sub (q, c) y = Neg (z)"},
         {"bias": ""},
         {"bounds": "low"},
+        {"bounds": ", high"},
+        {"rest": "d = Sub (q, ranked) e = Sub (q, ranked) y = Neg (d) z = Abs (e)"},
     ],
 )
 def test_what_cannot_be_folded_stays(options):
@@ -70,3 +72,27 @@ def test_what_cannot_be_folded_stays(options):
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert not FoldOffsets()(model).modified
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+GEMM = """
+g (float[4,3] x) => (float[4,3] y)
+<float[3,3] w = {1, -2, 0.5, 0.25, 1, 1, 3, -1, 2}, float[3] b = {1, 2, 3}, float low = {0}, float high = {6},
+ float c = {2.5}>
+{
+    p = Gemm <transB = 1, alpha = 0.5 %s> (x, w, b)
+    q = Clip (p, low, high)
+    d = Sub (q, c)
+    y = Neg (d)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("beta", "is_folded"), [("", True), (", beta = 1.0", True), (", beta = 0.5", False)]
+)
+def test_a_bias_of_a_gemm_that_is_scaled_stays(beta, is_folded):
+    model = read(GEMM % beta)
+    expected = compute(model)["y"]
+    run_passes(model, [FoldOffsets()])
+    assert ("Sub" not in ops(model)) == is_folded
+    np.testing.assert_allclose(compute(model)["y"], expected, rtol=1e-6, atol=1e-6)
