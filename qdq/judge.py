@@ -129,8 +129,7 @@ class Judge:
         self._samples = samples
         self._run = partial(predict, batches=samples, outputs=outputs, mask=mask)
         self._expected = self._run(model)
-        names = list(pair_arrays(self._expected, self._expected))
-        self._weights = OutputView(outputs, mask, weights).weigh(names)
+        self._weights = OutputView(outputs, mask, weights).weigh(self.outputs)
         self._steps: list[JudgedStep] = []
 
     def measure(self, name: str, model: nn.Module) -> JudgedStep:
@@ -158,6 +157,11 @@ class Judge:
         )
         self._steps.append(step)
         return step
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs that are compared."""
+        return list(pair_arrays(self._expected, self._expected))
 
     @property
     def steps(self) -> tuple[JudgedStep, ...]:

@@ -90,7 +90,7 @@ def recover_accuracy(
         What every step was worth, those before this call included.
 
     Raises:
-        ArgumentError: An unknown effort, or a file that cannot be written.
+        ArgumentError: An unknown effort, a weight for an output that does not exist, or a file that cannot be written.
         ArgumentTypeError: What is no model, or one tensor or dictionary instead of batches.
         DataError: No batch with samples.
         StateError: The judge has measured nothing yet.
@@ -102,15 +102,17 @@ def recover_accuracy(
         )
     if not judge.steps:
         raise StateError("the judge has measured nothing yet.", "call judge.measure(name, model).")
+    view = OutputView(outputs, mask, weights)
+    view.weigh(judge.outputs)  # refuses weights of other outputs before the first pass
     names = [name for name in EFFORTS[effort] if tunes or name != "tune_weights"]
     batches = list_filled_batches(batches)  # once: each pass would read the samples again
     if refit is not None:
         refit = list(refit)
-    passes = _list_passes(batches, OutputView(outputs, mask, weights))
+    passes = _list_passes(batches, view)
     recovery = Recovery(None, "")
     if path is not None:  # the digest reads all weights and data, which only a file needs
-        view = f"{OutputView(outputs, mask).describe()} weights {weights}"
-        key = digest_recovery(model, judge, names, batches, refit, view)
+        facts = f"{view.describe()} weights {sorted((weights or {}).items())}"
+        key = digest_recovery(model, judge, names, batches, refit, facts)
         recovery = Recovery(as_path(path, "path"), key)
         recovery.resume(model, judge, passes, refit)
     for name in names:

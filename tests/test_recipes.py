@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("torchvision", reason="needs the extra 'demo'")
 pytest.importorskip("tensorrt_rtx", reason="needs the extra 'rtx'")
+from clamped_net import CLAMPED
 from PIL import Image
 from processes import TORCHRUN
 from stopped_recipe import Stop, run_recipe
@@ -574,23 +575,6 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
         "error: cannot fetch the weights SqueezeNet1_1_Weights.IMAGENET1K_V1 from https://"
     )
     assert "--weights random" in fix
-
-
-CLAMPED = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
-    first.weight.data.mul_(4)
-    last = [nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4)]
-    return nn.Sequential(first, nn.ReLU6(), second, *last).eval()
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
-"""
 
 
 @pytest.mark.trt

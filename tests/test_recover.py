@@ -206,3 +206,15 @@ def test_weights_of_outputs_are_those_of_fine_tuning(
     judge.measure("calibrated", net)
     qdq.recover_accuracy(net, [samples[32:]], judge, effort="best", weights={"output": 2.0})
     assert weights == dict.fromkeys(EFFORTS["best"]) | {"tune_weights": {"output": 2.0}}
+
+
+def test_weights_of_unknown_outputs_are_refused_at_once(
+    net: nn.Module, samples: torch.Tensor
+) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    before = _state(net)
+    with pytest.raises(qdq.ArgumentError, match="weights names logits"):
+        qdq.recover_accuracy(net, [samples[32:]], judge, weights={"logits": 1.0})
+    assert all(torch.equal(values, before[name]) for name, values in net.state_dict().items())

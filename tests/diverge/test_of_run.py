@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from clamped_net import CLAMPED
 
 import qdq
 from qdq.check import OnnxModel
@@ -23,23 +24,6 @@ def build():
     first, second = nn.Conv2d(3, 16, 3, bias=False), nn.Conv2d(16, 16, 3, bias=False)
     last = [nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(256, 4)]
     return nn.Sequential(first, nn.ReLU(), second, *last).eval()
-
-def batches():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(3)]
-"""
-
-
-CLAMPED = """
-import torch
-from torch import nn
-
-def build():
-    torch.manual_seed(0)
-    first, second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
-    first.weight.data.mul_(4)
-    last = [nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 4)]
-    return nn.Sequential(first, nn.ReLU6(), second, *last).eval()
 
 def batches():
     generator = torch.Generator().manual_seed(1)
