@@ -216,7 +216,8 @@ class QuantMixin(QuantInputMixin):
         if is_float and self.keeps_float:
             with self._float_parameters():
                 return super().forward(input, *args, **kwargs)
-        with self._quantized_weight(), self._moved_bias(is_float):
+        moves_bias = not is_float and self.moves_bias and is_shifted(self)
+        with self._quantized_weight(moves_bias=moves_bias):
             return super().forward(input, *args, **kwargs)
 
     @contextmanager
@@ -233,24 +234,6 @@ class QuantMixin(QuantInputMixin):
                 del attributes[name]
             attributes.update(former)
 
-    @contextmanager
-    def _moved_bias(self, is_float: bool) -> Iterator[None]:
-        """Make `self.bias` the one that goes with the quantized weight in the block, if the input is shifted."""
-        if is_float or not self.moves_bias or not is_shifted(self):
-            yield
-            return
-        attributes = self.__dict__
-        bias: torch.Tensor = self.bias  # type: ignore[assignment]
-        is_replaced = "bias" in attributes
-        attributes["bias"] = bias + shift_of_mean(self, attributes["weight"])
-        try:
-            yield
-        finally:
-            if is_replaced:
-                attributes["bias"] = bias
-            else:
-                del attributes["bias"]
-
     @torch.no_grad()
     def find_moved_bias(self) -> torch.Tensor:
         """The bias that goes with the quantized weight of a layer whose input is shifted, `[Cout]`."""
@@ -262,8 +245,8 @@ class QuantMixin(QuantInputMixin):
         return moved.to(bias.dtype)
 
     @contextmanager
-    def _quantized_weight(self) -> Iterator[None]:
-        """Make `self.weight` the quantized weight in the block.
+    def _quantized_weight(self, *, moves_bias: bool = False) -> Iterator[None]:
+        """Make `self.weight` the quantized weight in the block, and `self.bias` the one that goes with it.
 
         Python looks a parameter up in `_parameters` only if the instance has no such attribute. An attribute in
         `__dict__` takes precedence, so that no parameter is moved or renamed. Pruning also has an attribute there.
@@ -274,8 +257,13 @@ class QuantMixin(QuantInputMixin):
                 "call torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') first.",
             )
         is_pruned = "weight" in self.__dict__
+        has_other_bias = "bias" in self.__dict__
         weight = self.weight
+        bias: Any = None
         self.__dict__["weight"] = self._weight_quantizer(weight)
+        if moves_bias:  # other layers need not have a bias
+            bias = self.bias
+            self.__dict__["bias"] = bias + shift_of_mean(self, self.__dict__["weight"])
         try:
             yield
         finally:
@@ -283,6 +271,10 @@ class QuantMixin(QuantInputMixin):
                 self.__dict__["weight"] = weight
             else:
                 del self.__dict__["weight"]
+            if moves_bias and has_other_bias:
+                self.__dict__["bias"] = bias
+            elif moves_bias:
+                del self.__dict__["bias"]
 
 
 @contextmanager

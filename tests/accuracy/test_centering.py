@@ -298,3 +298,12 @@ def test_ctrl_c_leaves_the_model_as_it_was(net, images, monkeypatch):
     state = net.state_dict()
     assert state.keys() == before.keys()
     assert all(torch.equal(values, before[name]) for name, values in state.items())
+
+
+def test_a_compiled_model_computes_the_same(net, images):
+    qdq.center_inputs(net, [images], include=["*"])
+    qdq.swap_modules(net, images[:2], include=["*"])
+    qdq.calibrate_model(net, [images])
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), net(images))
