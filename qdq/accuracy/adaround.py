@@ -255,9 +255,8 @@ def _round_layer(layer: QuantMixin, product: Product, sample: Sample, steps: int
     codes = problem.descend(codes)
     error = problem.loss(codes) / problem.loss(problem.nearest).clamp_min(_TINY)
     shift = problem.best_shift(codes)
-    if is_shifted(
-        layer
-    ):  # the bias followed the rounding of the former weight; this one is not rounded further
+    # The bias followed the rounding of the former weight; the new one is not rounded further.
+    if is_shifted(layer):
         shift = shift + shift_of_mean(layer, layer.weight_quantizer(weight))
     weight.copy_((codes * problem.scale).reshape(weight.shape))
     add_to_bias(layer, shift)

@@ -250,11 +250,12 @@ def _correct_analytically(
 
     def measure(name: str, _: nn.Module, product: Product) -> torch.Tensor:
         output = product.compute()
-        error = _quantized_weight(plan.layers[name]) - product.arguments["weight"]
+        quantized = _quantized_weight(plan.layers[name])
+        error = quantized - product.arguments["weight"]
         mean_error = product.compute(input=_mean_input(product, mask), weight=error, bias=None)
         shift = -product.rows_of(mean_error).double().mean(0)
         if is_shifted(plan.layers[name]):  # the bias follows the rounding of the weight already
-            shift -= shift_of_mean(plan.layers[name], _quantized_weight(plan.layers[name]))
+            shift -= shift_of_mean(plan.layers[name], quantized)
         shifts[name] = shift
         means = product.rows_of(output)[product.list_positions(output, mask)].double().mean(0)
         relative_shifts[name] = _relative(shift, means)

@@ -729,9 +729,8 @@ class _LearnedLayer:
         """Give the layer the values of the learned codes, and the bias."""
         weight = self._layer.get_parameter("weight")
         values = (self.codes.harden() * self._scale).to(weight.dtype)
-        if is_shifted(
-            self._layer
-        ):  # the bias has followed these codes; the new weight is not rounded further
+        # The bias has followed these codes; the new weight is not rounded further.
+        if is_shifted(self._layer):
             self.bias.add_(shift_of_mean(self._layer, values))
         weight.copy_(values)
         bias = self._layer._parameters["bias"]
