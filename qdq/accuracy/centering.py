@@ -25,23 +25,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from qdq.accuracy.equalization import ScalableLayers, pads_input, rounding_db
+from qdq.accuracy.float_layers import (
+    ScalableLayers,
+    list_unchanged,
+    may_pad,
+    pads_input,
+    require_float_model,
+    returns_input,
+    rounding_db,
+)
 from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
 from qdq.batch import list_filled_batches
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.device import without_tf32
-from qdq.errors import ArgumentError, ArgumentTypeError, StateError
+from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.forward import Operation, call_model, evaluating, require_model, trace_forward
-from qdq.functions import CONVOLUTIONS, IDENTITIES, LINEAR
-from qdq.nn import QuantInputMixin
+from qdq.functions import CONVOLUTIONS, LINEAR
 from qdq.nn.scaling import is_shifted, shift_input, unshift_input
 from qdq.patterns import Pattern
 from qdq.quantize import fake_quantize
 from qdq.swap import SwapPlan, plan_swap
-from qdq.text import group_names
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +101,7 @@ class Centering:
             lines.append(
                 f"  {readers}: minus {entry.offset:.3g}, {entry.gain_db:.1f} dB less noise"
             )
-        unchanged = []
-        for entry in self.inputs:
-            if entry.reason:
-                unchanged.append((entry.reason, ", ".join(entry.read_by)))
-        for reason, names in group_names(unchanged).items():
-            lines.append(f"  {len(names)} ({names[0]} ...): {reason}")
+        lines += list_unchanged((entry.reason, ", ".join(entry.read_by)) for entry in self.inputs)
         return "\n".join(lines)
 
 
@@ -137,10 +137,7 @@ def center_inputs(
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
     require_model(model)
-    if any(isinstance(module, QuantInputMixin) for module in model.modules()):
-        raise StateError(
-            "the model has quantized layers.", "call center_inputs before swap_modules."
-        )
+    require_float_model(model, "center_inputs")
     if isinstance(least_db, bool) or not isinstance(least_db, Real):
         raise ArgumentTypeError(
             f"least_db is {least_db!r}, a {type(least_db).__name__}.", "pass a number of decibels."
@@ -286,21 +283,11 @@ def _reason_against(layer: Any) -> str:
     """Why the input of a layer must keep its mean, "" if it may be moved."""
     if layer.bias is None:
         return "it has no bias; fold_batchnorm gives it one"
-    if pads_input(layer) or _may_pad(layer):
+    if pads_input(layer) or may_pad(layer):
         return "it pads its input with zeros"
     if is_shifted(layer):
         return "it is centered already"
     return ""
-
-
-def _may_pad(layer: Any) -> bool:
-    """Whether a subclass of a convolution has a forward of its own that may pad, for instance at other sizes only."""
-    if not isinstance(layer, _ConvNd):
-        return False
-    has_kernel = any(size > 1 for size in layer.kernel_size)
-    classes: list[Any] = list(type(layer).__mro__)
-    torch_class = next(base for base in classes if base.__module__ == _ConvNd.__module__)
-    return has_kernel and classes[0].forward is not torch_class.forward
 
 
 def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str:
@@ -313,7 +300,7 @@ def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str
     """
     path = [value]
     producer = flow.producer_of(value)
-    while producer is not None and _returns_input(producer):
+    while producer is not None and returns_input(producer):
         path.append(producer.inputs[0])
         producer = flow.producer_of(path[-1])
     bounds = None if producer is None else clamp_of(producer)
@@ -344,11 +331,6 @@ def _has_bias_before(flow: Dataflow, clamp: Operation) -> bool:
         return False
     is_convolution = product.function in CONVOLUTIONS
     return is_convolution or (product.function in LINEAR and len(flow.shapes[value]) == 2)
-
-
-def _returns_input(operation: Operation) -> bool:
-    """Whether a function returns its input as it is, such as dropout."""
-    return operation.function in IDENTITIES and len(operation.inputs) == 1
 
 
 def _observe(model: nn.Module, batches: list[Any], groups: Iterable[_Group] = ()) -> FlatArrays:

@@ -26,24 +26,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf, log10, prod
+from math import inf, prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import Linear
 from tqdm import tqdm
 
+from qdq.accuracy.float_layers import (
+    ScalableLayers,
+    list_unchanged,
+    pads_input,
+    pads_zeros,
+    require_float_model,
+    rounding_db,
+)
 from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
 from qdq.batch import list_filled_batches
 from qdq.calibrate import calibrate_model
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.device import read_numbers, without_tf32
-from qdq.errors import StateError
 from qdq.forward import (
-    ForwardTrace,
     Operation,
     call_model,
     evaluating,
@@ -57,15 +62,12 @@ from qdq.functions import (
     CONVOLUTIONS,
     HOMOGENEOUS,
     IDENTITIES,
-    LINEAR,
     MAX_POOLINGS,
     MEANS,
     RESHAPES,
 )
-from qdq.nn import QuantInputMixin
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers, restore_modules, swap_modules
-from qdq.text import group_names
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +132,9 @@ class Equalization:
             f"{len(equalized)} of {len(self.tensors)} tensors equalized: {sqnr}; "
             f"float model against the one before: {self.float_db:.1f} dB"
         ]
-        unchanged = []
-        for tensor in self.tensors:
-            if tensor.reason:
-                unchanged.append((tensor.reason, ", ".join(tensor.written_by)))
-        for reason, names in group_names(unchanged).items():
-            lines.append(f"  {len(names)} ({names[0]} ...): {reason}")
+        lines += list_unchanged(
+            (tensor.reason, ", ".join(tensor.written_by)) for tensor in self.tensors
+        )
         return "\n".join(lines)
 
 
@@ -162,10 +161,7 @@ def equalize_layers(model: nn.Module, batches: Iterable[Any]) -> Equalization:
     """
     require_model(model)
     samples = list_filled_batches(batches)
-    if any(isinstance(module, QuantInputMixin) for module in model.modules()):
-        raise StateError(
-            "the model has quantized layers.", "call equalize_layers before swap_modules."
-        )
+    require_float_model(model, "equalize_layers")
     groups = _find_groups(model, samples[0])
     expected = _observe(model, samples, groups)
     swap_modules(model, samples[0])
@@ -224,19 +220,6 @@ def _equalize_exactly(
                     float_db = moved_db
         tensors.append(tensor)
     return tensors, float_db
-
-
-def rounding_db(model: nn.Module) -> float:
-    """SQNR in dB of an error of a hundred times the rounding of the parameters; outputs are compared in float32.
-
-    Args:
-        model: Any model.
-    """
-    steps = [torch.finfo(torch.float32).eps]
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            steps.append(torch.finfo(parameter.dtype).eps)
-    return -20 * log10(100 * max(steps))
 
 
 @contextmanager
@@ -453,81 +436,6 @@ def _channel_axis(operation: Operation, shape: Sequence[int]) -> int:
     return 1 if operation.function in CONVOLUTIONS else len(shape) - 1
 
 
-class ScalableLayers:
-    """The convolutions and linear layers of a model, and which of them may be scaled.
-
-    Args:
-        model: The model.
-        trace: The record of a forward.
-    """
-
-    def __init__(self, model: nn.Module, trace: ForwardTrace) -> None:
-        self._modules = dict(model.named_modules())
-        self._runs = trace.calls
-        self._products: Counter[str] = Counter()
-        self._uses: Counter[int] = Counter()
-        self._produced: set[int] = set()
-        for operation in trace.operations:
-            if self.find(operation) is not None:
-                self._products[operation.module] += 1
-            self._uses.update(operation.inputs)
-            self._produced.update(operation.outputs)
-
-        self._owners: Counter[int] = Counter()  # of the memory at each address
-        for module in self._modules.values():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    self._owners[_address_of(tensor)] += 1
-
-    def find(self, operation: Operation) -> nn.Module | None:
-        """The layer whose product an operation is.
-
-        Args:
-            operation: Any call.
-        """
-        if operation.function not in CONVOLUTIONS | LINEAR:
-            return None
-        layer = self._modules.get(operation.module)
-        return layer if isinstance(layer, _ConvNd | Linear) else None
-
-    def reason_against(self, operation: Operation, computed: list[int], dims: int) -> str:
-        """Why the layer of a product must stay unchanged, "" if it may be scaled.
-
-        Args:
-            operation: The product.
-            computed: The inputs of the product that depend on the input of the model.
-            dims: Number of dimensions of its input.
-        """
-        name = operation.module
-        layer: Any = self._modules[name]
-        weight = layer._parameters.get("weight")
-        if self._runs[name] > 1 or self._products[name] > 1:
-            return f"{name} runs several times in one forward"
-        if weight is None or isinstance(layer, _ConvTransposeNd) or len(computed) > 1:
-            return f"the weight of {name} is not a plain parameter with the outputs first"
-        if self._produced.intersection(operation.inputs[1:]):
-            return f"{name} computes its weight or bias"
-        if self._shares_parameters(layer, operation.inputs[1:]):
-            return f"a parameter of {name} is also used elsewhere"
-        if dims < layer.weight.dim():
-            return f"the input of {name} has no axis of samples"
-        return ""
-
-    def _shares_parameters(self, layer: nn.Module, values: Sequence[int]) -> bool:
-        """Whether other functions read the parameters of a layer, or other modules share their memory."""
-        if any(self._uses[value] > 1 for value in values):
-            return True
-        for name in ("weight", "bias"):
-            parameter = layer._parameters.get(name)
-            if parameter is not None and self._owners[_address_of(parameter)] > 1:
-                return True
-        return False
-
-
-def _address_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def _pass_on(
     groups: _ChannelGroups, flow: Dataflow, operation: Operation, computed: list[int]
 ) -> None:
@@ -583,7 +491,7 @@ def _is_by_channel(flow: Dataflow, operation: Operation, value: int) -> bool:
     output_shape = flow.shapes[operation.outputs[0]]
     keeps_channels = shape[:2] == output_shape[:2]
     if operation.function == "pad":
-        return keeps_channels and _pads_zeros(operation)
+        return keeps_channels and pads_zeros(operation)
     if operation.function in RESHAPES:
         return keeps_channels and prod(shape) == prod(output_shape)
     if operation.function == "mean":
@@ -591,14 +499,6 @@ def _is_by_channel(flow: Dataflow, operation: Operation, value: int) -> bool:
         is_unambiguous = len(shape) == 4 and shape[1] not in shape[2:]
         return is_unambiguous and output_shape in (shape[:2], (*shape[:2], 1, 1))
     return False
-
-
-def _pads_zeros(operation: Operation) -> bool:
-    """Whether a padding adds zeros; positional arguments are named by their position."""
-    arguments = operation.arguments
-    mode = arguments.get("mode", arguments.get("2", "constant"))
-    value = arguments.get("value", arguments.get("3", 0))
-    return mode == "constant" and not value
 
 
 def _observe(model: nn.Module, batches: list[Any], groups: list[_Group]) -> FlatArrays:
@@ -652,14 +552,6 @@ def _collect(
     if name in collected:
         statistics = statistics.merge(collected[name])
     collected[name] = statistics
-
-
-def pads_input(layer: Any) -> bool:
-    """Whether a layer pads its input, so that it does not read a shift everywhere."""
-    padding = getattr(layer, "padding", 0)
-    if isinstance(padding, str):
-        return padding != "valid"
-    return bool(np.any(padding))
 
 
 @torch.no_grad()

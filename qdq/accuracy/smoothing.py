@@ -24,20 +24,23 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qdq.accuracy.equalization import ScalableLayers, rounding_db
+from qdq.accuracy.float_layers import (
+    ScalableLayers,
+    list_unchanged,
+    require_float_model,
+    rounding_db,
+)
 from qdq.accuracy.layerwise import Product, list_decibels, run_flat, visit_products
 from qdq.batch import count_samples, join_batches
 from qdq.dataflow import Dataflow
 from qdq.device import without_tf32
-from qdq.errors import DataError, StateError
+from qdq.errors import DataError
 from qdq.forward import require_model, trace_forward
-from qdq.nn import QuantInputMixin
 from qdq.nn.scaling import restore_input, scale_input
 from qdq.outputs import Mask, OutputView
 from qdq.patterns import Pattern
 from qdq.quantize import fake_quantize
 from qdq.swap import SwapPlan, plan_swap
-from qdq.text import group_names
 
 _EXPONENTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _LIMITS = (1.0, inf)  # of the factors
@@ -86,12 +89,7 @@ class Smoothing:
         ]
         for entry in smoothed:
             lines.append(f"  {', '.join(entry.read_by)}: {entry.gain_db:.1f} dB less noise")
-        unchanged = []
-        for entry in self.inputs:
-            if entry.reason:
-                unchanged.append((entry.reason, ", ".join(entry.read_by)))
-        for reason, names in group_names(unchanged).items():
-            lines.append(f"  {len(names)} ({names[0]} ...): {reason}")
+        lines += list_unchanged((entry.reason, ", ".join(entry.read_by)) for entry in self.inputs)
         return "\n".join(lines)
 
 
@@ -129,10 +127,7 @@ def smooth_inputs(
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
     require_model(model)
-    if any(isinstance(module, QuantInputMixin) for module in model.modules()):
-        raise StateError(
-            "the model has quantized layers.", "call smooth_inputs before swap_modules."
-        )
+    require_float_model(model, "smooth_inputs")
     inputs = join_batches(batches)
     if count_samples(inputs) < 2:
         raise DataError(
