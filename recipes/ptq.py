@@ -198,6 +198,7 @@ def ptq(
             net,
             fitted.subset(analysis_images),
             pinned=pinned,
+            corrects_bias=True,
             path=target_run.journal_file,
             **view,
             weights=workload.output_weights,

@@ -200,6 +200,7 @@ def qat(
         **view,
         weights=workload.output_weights,
         max_float_layers=max_float_layers,
+        corrects_bias=True,
         path=run.journal_file,
     )
     qdq.save_plan(analysis.plan, run.plan_file)

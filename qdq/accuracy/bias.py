@@ -14,7 +14,8 @@ A bias is added in float, so it costs an engine nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ from qdq.corrections import (
     undoing_passes,
 )
 from qdq.device import read_numbers, without_tf32
-from qdq.errors import ArgumentError, StateError
+from qdq.errors import ArgumentError, DataError, StateError
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
 from qdq.nn.scaling import is_shifted, shift_of_mean
@@ -183,6 +184,39 @@ def correct_bias(
     return BiasCorrection(method=method, layers=tuple(layers), **vars(change))
 
 
+@contextmanager
+def expecting_correction(
+    model: nn.Module, batches: Iterable[Any], view: OutputView
+) -> Iterator[str]:
+    """In the block, each quantized layer has the bias of the analytic correction; after it, that of before.
+
+    The analytic correction of a layer depends on its own weight and on the float model only. So it is right for any
+    choice of float layers, and tells what `correct_bias` will leave of the error of each.
+
+    Args:
+        model: A calibrated model without passes (`corrections.redoing_passes`).
+        batches: As for `correct_bias`.
+        view: Its mask leaves padding out.
+
+    Yields:
+        Why the biases are not corrected, "" if they are.
+    """
+    try:
+        inputs = join_batches(batches)
+        plan = plan_layers(model, inputs)
+        shifts = _measure_mean_errors(model, plan, inputs, view).shifts
+    except (DataError, StateError) as error:
+        yield error.message
+        return
+    try:
+        for name, shift in shifts.items():
+            plan.layers[name].keep_float()
+            add_to_bias(plan.layers[name], shift)
+        yield ""
+    finally:
+        undo_passes(model)
+
+
 def _take_back(model: nn.Module) -> None:
     """Take an earlier correction back: the analytic one is relative to the float biases.
 
@@ -242,6 +276,32 @@ def _correct_empirically(
 def _correct_analytically(
     model: nn.Module, reference: nn.Module, plan: LayerPlan, inputs: Any, view: OutputView
 ) -> _Correction:
+    """Run one float forward, then correct all layers."""
+    errors = _measure_mean_errors(reference, plan, inputs, view)
+    for name, shift in errors.shifts.items():
+        add_to_bias(plan.layers[name], shift)
+    corrected = run_flat(model, inputs, view)
+    expected = flatten_outputs(errors.outputs, inputs, view)
+    return _Correction(_describe_shifts(errors.relative_shifts), expected, corrected)
+
+
+class _MeanErrors(NamedTuple):
+    """What the rounding of each weight takes away from the means of the outputs of its layer.
+
+    Args:
+        shifts: Layer -> what its bias needs, float64 `[Cout]`.
+        relative_shifts: Layer -> the norm of that, relative to the norm of the means.
+        outputs: Outputs of the float model.
+    """
+
+    shifts: dict[str, torch.Tensor]
+    relative_shifts: dict[str, torch.Tensor]
+    outputs: Any
+
+
+def _measure_mean_errors(
+    reference: nn.Module, plan: LayerPlan, inputs: Any, view: OutputView
+) -> _MeanErrors:
     """Run one float forward; a product is linear, so the mean of its inputs gives the mean of its outputs."""
     shifts: dict[str, torch.Tensor] = {}
     relative_shifts: dict[str, torch.Tensor] = {}
@@ -264,11 +324,7 @@ def _correct_analytically(
     with disable_quantization(reference):
         measured = {name: modules[name] for name in plan.layers}
         outputs = visit_products(reference, measured, inputs, measure)
-    expected = flatten_outputs(outputs, inputs, view)
-    for name, shift in shifts.items():
-        add_to_bias(plan.layers[name], shift)
-    corrected = run_flat(model, inputs, view)
-    return _Correction(_describe_shifts(relative_shifts), expected, corrected)
+    return _MeanErrors(shifts, relative_shifts, outputs)
 
 
 def _describe_shifts(shifts: Mapping[str, torch.Tensor]) -> list[CorrectedBias]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from qdq.accuracy.bias import expecting_correction
 from qdq.analyze.cost import LayerCost, SwitchCost, estimate_times, load_times, trace_costs
 from qdq.analyze.fingerprint import fingerprint_analysis
 from qdq.analyze.gradients import require_gradients
@@ -83,6 +84,7 @@ def analyze_layers(
     budget: float | None = None,
     gpu: str | None = None,
     profile: Path | str | None = None,
+    corrects_bias: bool = False,
     path: Path | str | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Analysis:
@@ -126,6 +128,9 @@ def analyze_layers(
             of the budget if layers may be left in float.
         gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.roofline.GPUS`).
         profile: Like `gpu`, with times measured in an engine: JSON of trtexec `--exportProfile`.
+        corrects_bias: Measure with analytically corrected biases, because `correct_bias` will follow: a shift of the
+            mean that it takes back is no reason to leave a layer in float. The model gets its biases back. The batches
+            must fit in memory together.
         path: File to which every measurement is appended; an interrupted analysis continues from it.
         cache_bytes: Limit on activations and quantized weights in memory; activations beyond it go to temporary files.
             For a model on a GPU, it is the limit in the memory of the GPU; as much again may go to that of the host
@@ -175,6 +180,7 @@ def analyze_layers(
 
     with (
         redoing_passes(model),
+        ExitStack() as fitting,
         ExitStack() as undo,
     ):  # an interrupted search leaves the model as it was
         trace, costs = trace_costs(model, samples[0])
@@ -182,6 +188,10 @@ def analyze_layers(
         free_units, decided = _pin(model, all_units, precisions, undo)
         units = group_units(model, free_units, groups)
         times = _find_times(model, costs, options, units)
+        biases = ""
+        if corrects_bias:
+            obstacle = fitting.enter_context(expecting_correction(model, samples, options.view))
+            biases = f"biases not corrected: {obstacle}" if obstacle else "biases corrected"
         with Ranks() as ranks:
             fingerprint = ""
             if path is not None:  # it reads all weights and data, which only a file needs
@@ -198,6 +208,7 @@ def analyze_layers(
                 unknown_work=list_unknown_work(trace),
                 idle=idle,
                 fp8=_list_fp8_layers(all_units),
+                biases=biases,
             )
             journal.close()
         undo.pop_all()

@@ -120,6 +120,7 @@ class Analysis:
         idle: Adds, resizes and average poolings that only layers in float read now; their quantizers are disabled too.
         unknown_work: Calls of operators whose MACs are not known; they are in no share.
         fp8: Layers and calls that are quantized to FP8; all others are int8.
+        biases: How the biases of quantized layers were measured: "" as they are, "biases corrected", or why not.
     """
 
     mode: str
@@ -142,6 +143,7 @@ class Analysis:
     idle: tuple[str, ...] = ()
     unknown_work: tuple[str, ...] = ()
     fp8: frozenset[str] = frozenset()
+    biases: str = ""
 
     @property
     def float_layers(self) -> list[str]:
@@ -220,8 +222,9 @@ class Analysis:
 
         header = f"{title:{width}}   SQNR dB"
         metric_header = "" if self.metric is None else f"    {self.metric_name}"
+        conditions = f"; {self.biases}" if self.biases else ""
         lines = [
-            f"{self.mode} on {self.images} samples",
+            f"{self.mode} on {self.images} samples{conditions}",
             f"{header}{metric_header}  % of MACs",
         ]
         for layer in shown:

@@ -21,6 +21,7 @@ from qdq import (
     StateError,
     analyze_layers,
     calibrate_model,
+    correct_bias,
     enable_quantization,
     rewire_operations,
     swap_modules,
@@ -834,3 +835,99 @@ def test_nan_on_a_gpu(gpu):
     batches[1][0, 0, 0, 0] = float("nan")
     with pytest.raises(StateError, match="contain NaN"):
         analyze_layers(model, batches)
+
+
+class ShiftedNet(nn.Module):
+    """The rounding of `shifted` moves a mean, that of `noisy` does not; each has a path of its own to the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.shifted = nn.Conv2d(4, 4, 1, bias=False)
+        self.noisy = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.shifted(x.abs() + 40) + 40 * self.noisy(x)
+
+
+@pytest.fixture
+def shifted(batches):
+    model = ShiftedNet().eval()
+    images = [torch.cat([batch, batch[:, :1]], 1) for batch in batches]
+    swap_modules(model, images[0], include=["*"])
+    calibrate_model(model, images)
+    model.shifted.weight_quantizer.amax = 8 * model.shifted.weight_quantizer.amax
+    return model, images
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_shift_that_correct_bias_takes_back_is_no_reason_for_float(shifted, mode):
+    """The brute force: each layer with b + W E[x] - W' E[x], in the state that the mode says."""
+    model, images = shifted
+    former = copy.deepcopy(model.state_dict())
+    plain = analyze_layers(model, images, mode=mode)
+    analysis = analyze_layers(model, images, mode=mode, corrects_bias=True)
+    assert plain.layers[0].name == "shifted" and plain.biases == ""
+    assert analysis.layers[0].name == "noisy" and analysis.biases == "biases corrected"
+    assert analysis.format_table().startswith(f"{mode} on 8 samples; biases corrected\n")
+    assert model.state_dict().keys() == former.keys()
+    assert all(torch.equal(values, former[name]) for name, values in model.state_dict().items())
+
+    reference = copy.deepcopy(model)
+    restore_modules(reference)
+    expected = outputs(reference, images)
+    joined = torch.cat(images)
+    means = {"shifted": (joined.abs() + 40).mean((0, 2, 3)), "noisy": joined.mean((0, 2, 3))}
+    for layer in analysis.layers:
+        twin = copy.deepcopy(model)
+        for name in means:
+            if (name == layer.name) is (mode == "leave-one-out"):
+                restore_modules(twin.get_submodule(name))
+                continue
+            swapped = twin.get_submodule(name)
+            error = swapped.weight_quantizer(swapped.weight) - swapped.weight
+            shift = -error.flatten(1) @ means[name]
+            bias = 0 if swapped.bias is None else swapped.bias
+            swapped.bias = nn.Parameter((bias + shift).detach())
+        assert layer.sqnr_db == pytest.approx(sqnr_db(expected, outputs(twin, images)), abs=0.01)
+
+
+def test_biases_that_cannot_be_corrected_are_said(shifted):
+    model, images = shifted
+    sizes = [images[0], images[1][..., :6, :6]]
+    analysis = analyze_layers(model, sizes, corrects_bias=True)
+    assert analysis.biases.startswith("biases not corrected: ")
+    assert analysis.sqnr_db == analyze_layers(model, sizes).sqnr_db
+
+
+def test_corrected_biases_and_passes_go_together(shifted):
+    """An earlier pass is taken back for the search and done again; the corrected biases are only for the search."""
+    model, images = shifted
+    expected = copy.deepcopy(model)
+    correct_bias(expected, images)
+    correct_bias(model, images)
+    analyze_layers(model, images, corrects_bias=True)
+    torch.testing.assert_close(model.shifted.bias, expected.shifted.bias)
+    restore_modules(model)
+    assert model.shifted.bias is None
+
+
+def test_an_interrupted_search_gives_the_biases_back(shifted, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model, images = shifted
+    former = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr("qdq.analyze.search.Search.run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        analyze_layers(model, images, corrects_bias=True)
+    assert model.state_dict().keys() == former.keys()
+    assert all(torch.equal(values, former[name]) for name, values in model.state_dict().items())
+
+
+def test_a_journal_without_corrected_biases_is_not_used(shifted, tmp_path):
+    model, images = shifted
+    path = tmp_path / "analysis.jsonl"
+    plain = analyze_layers(model, images, path=path)
+    analysis = analyze_layers(model, images, path=path, corrects_bias=True)
+    assert analysis.sqnr_db > plain.sqnr_db + 1
+    assert analysis.sqnr_db == analyze_layers(model, images, corrects_bias=True).sqnr_db
