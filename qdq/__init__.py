@@ -17,6 +17,7 @@ _HOMES = {
     "accuracy.centering": ("Centering", "center_inputs"),
     "accuracy.equalization": ("Equalization", "equalize_layers"),
     "accuracy.smoothing": ("Smoothing", "smooth_inputs"),
+    "accuracy.splitting": ("Splitting", "split_channels"),
     "analyze": ("Analysis", "analyze_layers"),
     "batch": ("Labelled",),
     "bisect": ("Bisection", "bisect_pairs"),

@@ -13,6 +13,8 @@ from qdq.accuracy.equalization import Equalization as Equalization
 from qdq.accuracy.equalization import equalize_layers as equalize_layers
 from qdq.accuracy.smoothing import Smoothing as Smoothing
 from qdq.accuracy.smoothing import smooth_inputs as smooth_inputs
+from qdq.accuracy.splitting import Splitting as Splitting
+from qdq.accuracy.splitting import split_channels as split_channels
 from qdq.analyze import Analysis as Analysis
 from qdq.analyze import analyze_layers as analyze_layers
 from qdq.batch import Labelled as Labelled

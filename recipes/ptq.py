@@ -71,9 +71,10 @@ def ptq(
         analysis: Options of the sensitivity analysis.
         center: Subtract the middle of the range from the inputs of int8 layers behind ReLU6 and other clamps with two
             bounds: half of the step, and no operator more in the file.
-        accuracy: How much is done after the analysis to come closer to the float model: fast corrects biases, balanced
-            also rounds weights for their outputs (minutes), best also reconstructs blocks and fine-tunes weights
-            without labels (many minutes). What does not help on held-out calibration samples is undone.
+        accuracy: How much is done to come closer to the float model: fast corrects biases after the analysis, balanced
+            also splits channels before calibration and rounds weights for their outputs (minutes), best also
+            reconstructs blocks and fine-tunes weights without labels (many minutes). What does not help on held-out
+            calibration samples after the analysis is undone.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
@@ -154,6 +155,8 @@ def ptq(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
+    if accuracy != "fast" and "int8" in format_names:
+        qdq.split_channels(net, calibration.subset(32), exclude=exclude)
     if center:
         qdq.center_inputs(net, calibration, exclude=exclude)
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)

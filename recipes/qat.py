@@ -76,7 +76,8 @@ def qat(
             bounds: half of the step, and no operator more in the file.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
-            calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
+            calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway. Channels
+            are always split if a layer may be int8.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
@@ -162,6 +163,8 @@ def qat(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
+    if "int8" in format_names:
+        qdq.split_channels(net, calibration.subset(32), exclude=exclude)
     if center:
         qdq.center_inputs(net, calibration, exclude=exclude)
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)

@@ -27,6 +27,7 @@ from qdq import (
     reconstruct_blocks,
     rewire_operations,
     round_weights,
+    split_channels,
     swap_modules,
 )
 from qdq.batch import (
@@ -157,6 +158,7 @@ def test_every_form_goes_through_the_stages_of_accuracy(form):
     model, wrap = build(form)
     fold_batchnorm(model, wrap(IMAGES))
     equalize_layers(model, [wrap(IMAGES)])
+    split_channels(model, [wrap(IMAGES)])
     swap_modules(model, wrap(IMAGES))
     calibrate_model(model, [wrap(IMAGES)])
     correct_bias(model, [wrap(IMAGES), wrap(IMAGES[:2])])

@@ -74,6 +74,7 @@ def calls_of(tmp_path, x):
         "tune_weights": lambda model: qdq.tune_weights(model, [x]),
         "equalize_layers": lambda model: qdq.equalize_layers(model, [x]),
         "center_inputs": lambda model: qdq.center_inputs(model, [x]),
+        "split_channels": lambda model: qdq.split_channels(model, [x]),
         "smooth_inputs": lambda model: qdq.smooth_inputs(model, [x]),
         "measure_tie_floor": lambda model: qdq.measure_tie_floor(model, [x]),
         "split_detector": qdq.split_detector,
@@ -155,6 +156,8 @@ def test_what_yields_no_batches(batches, quantized):
         qdq.smooth_inputs(Net().eval(), batches)
     with pytest.raises(ArgumentTypeError, match="batches is"):
         qdq.center_inputs(Net().eval(), batches)
+    with pytest.raises(ArgumentTypeError, match="batches is"):
+        qdq.split_channels(Net().eval(), batches)
     with pytest.raises(QdqError):
         qdq.finetune(quantized, batches, schedule=qdq.Schedule(steps=1))
 
