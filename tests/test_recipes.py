@@ -579,6 +579,32 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.trt
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "is_split"),
+    [
+        (RECIPE, ["--accuracy", "balanced"], True),
+        (RECIPE, [], False),
+        (RECIPE, ["--accuracy", "balanced", "--formats", "fp8", "--sm", "89"], False),
+        (TUNING, ["--steps", "2"], True),
+    ],
+)
+def test_split_channels_reach_the_file(recipe, arguments, is_split, tmp_path):
+    """Channel 1 behind the clamp is free, so two channels of the first layer have one weight afterwards."""
+    from qdq.diverge.of_run import diverge_run
+
+    net, run = tmp_path / "net.py", tmp_path / "run"
+    free = "    first.weight.data[1] = 0.0\n    last ="
+    net.write_text(CLAMPED.replace("    last =", free))
+    arguments = [*arguments, "--model", f"{net}:build", "--data", f"{net}:batches"]
+    arguments += ["--calib-batches", "2", "--eval-images", "4", "--max-float-layers", "0"]
+    code, errors = run_recipe(recipe, [*arguments, "--output", run], tmp_path)
+    assert code == 0, errors
+    assert ("1 of 4 paths have channels split" in (run / "run.log").read_text()) is is_split
+    assert diverge_run(run).divergence.first is None
+
+
+@pytest.mark.trt
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("recipe", [RECIPE, TUNING])
 def test_centered_inputs_reach_the_file_and_the_engine(recipe, tmp_path):
     from qdq.diverge.of_run import diverge_run
