@@ -155,10 +155,10 @@ def ptq(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    if accuracy != "fast" and "int8" in format_names:
-        qdq.split_channels(net, calibration.subset(32), exclude=exclude)
     if center:
         qdq.center_inputs(net, calibration, exclude=exclude)
+    if accuracy != "fast" and "int8" in format_names:
+        qdq.split_channels(net, fitted.subset(32), exclude=exclude, **view)
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
     rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 

@@ -163,10 +163,10 @@ def qat(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    if "int8" in format_names:
-        qdq.split_channels(net, calibration.subset(32), exclude=exclude)
     if center:
         qdq.center_inputs(net, calibration, exclude=exclude)
+    if "int8" in format_names:
+        qdq.split_channels(net, fitted.subset(32), exclude=exclude, **view)
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
     rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 

@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,8 @@ from qdq.metrics import agreement, sqnr_db
 from qdq.run import describe_environment
 from qdq.workloads.classification.batches import ImageBatches
 
+FloatPass = Callable[..., Any]  # such as `qdq.split_channels`
+
 
 def bench_accuracy(
     *,
@@ -28,7 +31,7 @@ def bench_accuracy(
     seed: int = 0,
     json: Path | None = None,
 ) -> int:
-    """Print SQNR and agreement with the float model for each pass alone and for all together, on the demo's data.
+    """Print SQNR and agreement with the float model for each pass alone and for some together, on the demo's data.
 
     Args:
         images: Number of calibration images that the passes use; ranges come from all 128.
@@ -39,7 +42,7 @@ def bench_accuracy(
     """
     net = qdq.load_model("efficientnet_lite0", seed=seed)
     calib, evaluation = qdq.load_images(None, net, 128, eval_images, 16, seed)
-    few = calib.subset(images)
+    few = calib.subset(images).by_source()
     expected = qdq.predict(net.module, evaluation)
     qdq.fold_batchnorm(net.module, calib.images[:2])
     rows: list[dict[str, str | float]] = []
@@ -56,10 +59,13 @@ def bench_accuracy(
         )
         print(f"{name:28} {sqnr:6.2f} dB  {top1_agreement:6.1%}  {seconds:6.1f} s", flush=True)
 
-    def correct(model: nn.Module) -> None:
-        reference = copy.deepcopy(model)
-        qdq.correct_bias(model, few, reference=reference)
-        qdq.round_weights(model, few, reference=reference)
+    def change_first(name: str, *changes: FloatPass) -> nn.Module:
+        """Measure the model that some passes have changed before it was swapped."""
+        model = copy.deepcopy(net.module)
+        for change in changes:
+            print(change(model, few).format_table())
+        measure(name, model, lambda model: _calibrate(model, calib, calib_method))
+        return model
 
     calibrated = copy.deepcopy(net.module)
     measure("plain", calibrated, lambda model: _calibrate(model, calib, calib_method))
@@ -84,9 +90,13 @@ def bench_accuracy(
         copy.deepcopy(calibrated),
         lambda model: qdq.tune_weights(model, few),
     )
-    print(qdq.equalize_layers(net.module, few).format_table())
-    measure("+ equalization", net.module, lambda model: _calibrate(model, calib, calib_method))
-    measure("bias, AdaRound, equalization", net.module, correct)
+    change_first("+ equalization", qdq.equalize_layers)
+    split = change_first("+ splitting", qdq.split_channels)
+    both = change_first("+ splitting and centering", qdq.split_channels, qdq.center_inputs)
+    for name, model in (("splitting", split), ("splitting, centering", both)):
+        corrected = copy.deepcopy(model)
+        measure(f"{name}, bias", corrected, lambda model: qdq.correct_bias(model, few))
+        measure(f"{name}, AdaRound", model, lambda model: qdq.round_weights(model, few))
     if json:
         write_json(json, {"images": images, "rows": rows, "environment": describe_environment()})
     return 0

@@ -38,7 +38,7 @@ from qdq.accuracy.layerwise import (
     sample_outputs,
     visit_products,
 )
-from qdq.batch import join_batches
+from qdq.batch import count_samples, join_batches
 from qdq.corrections import (
     AccuracyPass,
     Snapshot,
@@ -56,6 +56,7 @@ from qdq.nn.scaling import is_shifted, shift_of_mean
 from qdq.outputs import Mask, OutputView, Selection, is_masked, keep_rows
 from qdq.quantize import fake_quantize
 from qdq.quantizer import disable_quantization
+from qdq.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +186,7 @@ def correct_bias(
 
 
 @contextmanager
-def expecting_correction(
-    model: nn.Module, batches: Iterable[Any], view: OutputView
-) -> Iterator[str]:
+def expecting_correction(model: nn.Module, batches: list[Any], view: OutputView) -> Iterator[str]:
     """In the block, each quantized layer has the bias of the analytic correction; after it, that of before.
 
     The analytic correction of a layer depends on its own weight and on the float model only. So it is right for any
@@ -195,26 +194,42 @@ def expecting_correction(
 
     Args:
         model: A calibrated model without passes (`corrections.redoing_passes`).
-        batches: As for `correct_bias`.
+        batches: As for `correct_bias`, but they are not joined.
         view: Its mask leaves padding out.
 
     Yields:
-        Why the biases are not corrected, "" if they are.
+        Which layers have another bias now, as a short phrase, or why none has.
     """
+    shifts: dict[str, torch.Tensor] = {}
     try:
-        inputs = join_batches(batches)
-        plan = plan_layers(model, inputs)
-        shifts = _measure_mean_errors(model, plan, inputs, view).shifts
+        plan = plan_layers(model, join_batches(batches[:1]))
+        shifts = _average_shifts(model, plan, batches, view)
+        state = "biases corrected"
+        if plan.skipped:
+            state += f" in {len(shifts)} of {len(shifts) + len(plan.skipped)} layers"
     except (DataError, StateError) as error:
-        yield error.message
-        return
+        state = f"biases not corrected: {printable(error.message)}"
     try:
         for name, shift in shifts.items():
             plan.layers[name].keep_float()
             add_to_bias(plan.layers[name], shift)
-        yield ""
+        yield state
     finally:
         undo_passes(model)
+
+
+def _average_shifts(
+    model: nn.Module, plan: LayerPlan, batches: list[Any], view: OutputView
+) -> dict[str, torch.Tensor]:
+    """Layer -> what its bias needs for the means over all batches, float64 `[Cout]`."""
+    shifts: dict[str, torch.Tensor] = {}
+    num_samples = sum(count_samples(batch) for batch in batches)
+    for batch in batches:
+        share = count_samples(batch) / num_samples
+        errors = _measure_mean_errors(model, plan, join_batches([batch]), view)
+        for name, shift in errors.shifts.items():
+            shifts[name] = shifts.get(name, torch.zeros_like(shift)) + share * shift
+    return shifts
 
 
 def _take_back(model: nn.Module) -> None:

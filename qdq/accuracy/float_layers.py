@@ -17,6 +17,7 @@ from qdq.errors import StateError
 from qdq.forward import ForwardTrace, Operation
 from qdq.functions import CONVOLUTIONS, IDENTITIES, LINEAR
 from qdq.nn import QuantInputMixin
+from qdq.nn.scaling import is_shifted
 from qdq.text import group_names
 
 
@@ -83,6 +84,14 @@ class ScalableLayers:
             return None
         layer = self._modules.get(operation.module)
         return layer if isinstance(layer, _ConvNd | Linear) else None
+
+    def is_shifted(self, name: str) -> bool:
+        """Whether `center_inputs` gave a layer an offset.
+
+        Args:
+            name: Its dotted name.
+        """
+        return is_shifted(self._modules[name])
 
     def reason_against(self, operation: Operation, computed: list[int], dims: int) -> str:
         """Why the layer of a product must stay unchanged, "" if it may be scaled.

@@ -14,6 +14,9 @@ them up with a weight of 1/n. In front of each quantizer the copies differ by 1/
 Their mean is then rounded to a step that is n times as fine, and its squared error is n^2 times as small. The next bias
 takes the shift back. This is exact except where the tensor is padded or clamped. There the copies err by less than half
 a step, up and down alike.
+
+In tensors behind a depthwise convolution the copies also carry different errors of the tensors before. There only the
+mean of n independent errors counts, which is n times as small.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, log10
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,14 +49,17 @@ from qdq.batch import list_filled_batches
 from qdq.dataflow import Dataflow, clamp_of
 from qdq.device import without_tf32
 from qdq.forward import Operation, call_model, evaluating, require_model, trace_forward
+from qdq.nn.scaling import offset_of
+from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
 from qdq.swap import SwapPlan, plan_swap
 
 logger = logging.getLogger(__name__)
 
 _STEPS = 127  # int8 codes between 0 and the end of a range
-# Of the contribution of the channel that contributes most. Rounding to float32 changes that one by more than a tenth.
+# Of the contribution of an ordinary channel, which rounding to float32 changes by a tenth of that.
 _NEGLIGIBLE = 1e-6
+_TINY = torch.finfo(torch.float64).tiny
 _LEAST_SHARE = 0.01  # of the noise of a path, by which a copy must lower it
 _LEAST_FLOAT_DB = 60.0  # a thousandth of the outputs; the noise of int8 is at 15 to 30 dB
 
@@ -101,8 +107,8 @@ class Splitting:
         ]
         for path in split:
             lines.append(
-                f"  {path.layers[0]} to {path.layers[-1]}: {len(path.copied)} copies in {path.free} free channels "
-                f"of {path.channels}, {path.predicted_db:.1f} dB less noise predicted"
+                f"  {path.layers[0]} to {path.layers[-1]}: channels {path.channels}, free {path.free}, "
+                f"copied {len(path.copied)}; {path.predicted_db:.1f} dB less noise predicted"
             )
         lines += list_unchanged((path.reason, path.layers[0]) for path in self.paths)
         return "\n".join(lines)
@@ -115,62 +121,78 @@ def split_channels(
     *,
     include: Iterable[Pattern] | None = None,
     exclude: Iterable[Pattern] = (),
+    outputs: Selection | None = None,
+    mask: Mask | None = None,
 ) -> Splitting:
     """Copy the channels whose rounding counts most into channels that carry nothing; in place.
 
-    Call it before `swap_modules`, after `fold_batchnorm` and `equalize_layers`, and before `smooth_inputs` and
-    `center_inputs`. No layer gets another size. The float model changes a little, see the module; a change of its
-    outputs by more than a thousandth (60 dB) is undone. After an error or Ctrl-C the model is as before. It is for
-    int8: the rounding of FP8 depends on the value, and a shift does not make it finer.
+    Call it before `swap_modules`, after `fold_batchnorm`, `equalize_layers`, `smooth_inputs` and `center_inputs`. No
+    layer gets another size. The float model changes a little, see the module; a change of its outputs by more than a
+    thousandth (60 dB) is undone. After an error or Ctrl-C the model is as before. It is for int8: the rounding of FP8
+    depends on the value, and a shift does not make it finer.
+
+    The copies differ by a fraction of the step that the largest value gives. If calibration clips a range far below
+    that, the step is finer and the gain smaller.
 
     Args:
         model: A float model.
         batches: As for `calibrate_model`.
         include: As for `swap_modules`: the inputs of layers that it would leave in float have no rounding.
         exclude: Likewise.
+        outputs: Parts of the outputs that must not change, as for `predictor.predict`; None for all.
+        mask: What leaves padding out of them, likewise.
 
     Returns:
         The paths that begin at each layer, and how far the float model has changed.
 
     Raises:
+        ArgumentError: Outputs that do not exist.
         ArgumentTypeError: One tensor or dictionary instead of batches.
-        DataError: No batch with samples.
+        DataError: No batch with samples, or the mask fits no output.
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
     require_model(model)
     require_float_model(model, "split_channels")
+    view = OutputView(outputs, mask)
     samples = list_filled_batches(batches)
     plan = plan_swap(model, samples[0], include=include, exclude=exclude)
     paths = _find_paths(model, samples[0], plan)
-    expected = _observe(model, samples, paths)
+    expected = _observe(model, samples, view, paths)
     for path in paths:
         path.choose()
-    float_db = _split(model, samples, paths, expected)
+    changed = [path for path in paths if not path.reason]
+    float_db = inf
+    if changed:
+        with _undoing(changed):
+            float_db = _split(changed, lambda: _compare(model, samples, view, expected))
     result = Splitting(tuple(path.result for path in paths), float_db)
     logger.info("%s", result.format_table())
     return result
 
 
-def _split(model: nn.Module, batches: list[Any], paths: list[_Path], expected: FlatArrays) -> float:
+def _split(paths: list[_Path], compare: Callable[[], float]) -> float:
     """Split all paths; if the float outputs change too much, split one by one and undo those that do so.
+
+    Args:
+        paths: Those that may be split.
+        compare: Measures the float outputs against those before, in dB.
 
     Returns:
         The SQNR of the float outputs in dB.
     """
-    changed = [path for path in paths if not path.reason]
-    with _undoing(changed) as undo:
-        for path in changed:
+    with _undoing(paths) as undo:
+        for path in paths:
             path.apply()
-        float_db = _compare(model, batches, expected)
+        float_db = compare()
         if float_db >= _LEAST_FLOAT_DB:
             return float_db
         undo()
 
     float_db = inf
-    for path in changed:
+    for path in paths:
         with _undoing([path]) as undo:
             path.apply()
-            moved_db = _compare(model, batches, expected)
+            moved_db = compare()
             if moved_db >= _LEAST_FLOAT_DB:
                 float_db = moved_db
             else:
@@ -179,9 +201,9 @@ def _split(model: nn.Module, batches: list[Any], paths: list[_Path], expected: F
     return float_db
 
 
-def _compare(model: nn.Module, batches: list[Any], expected: FlatArrays) -> float:
+def _compare(model: nn.Module, batches: list[Any], view: OutputView, expected: FlatArrays) -> float:
     """SQNR in dB of the outputs, of the worst one."""
-    return min(list_decibels(expected, _observe(model, batches)).values())
+    return min(list_decibels(expected, _observe(model, batches, view)).values())
 
 
 @contextmanager
@@ -212,7 +234,8 @@ class _Link:
     Args:
         name: Name of the layer.
         layer: A depthwise convolution; the last one of a path reads all channels.
-        bounds: Those of the clamp that wrote the tensor; infinite without a clamp.
+        bounds: Those of the clamp that wrote the tensor, minus the offset; infinite without a clamp.
+        offset: What the layer subtracts from the tensor (`center_inputs`).
         pads: Whether the layer may read zeros around the tensor.
         is_rounded: Whether the layer will be quantized, and with it the tensor.
         largest: Largest absolute value of the tensor in the batches.
@@ -223,6 +246,7 @@ class _Link:
     name: str
     layer: Any
     bounds: tuple[float, float]
+    offset: float
     pads: bool
     is_rounded: bool
     largest: float = 0.0
@@ -236,6 +260,8 @@ class _Link:
         if not isinstance(self.layer, Linear):
             x = x.movedim(1, -1)
         rows = x.flatten(0, -2)
+        if not rows.numel():  # such as a head without proposals
+            return
         low, high = self.bounds
         num_inside = ((rows > low) & (rows < high)).sum(0)
         if self.num_inside is not None:
@@ -243,6 +269,11 @@ class _Link:
         self.num_inside = num_inside
         self.num_values += len(rows)
         self.largest = max(self.largest, float(rows.abs().max()))
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the tensor had values in the batches."""
+        return self.num_values > 0
 
     @property
     def share_inside(self) -> torch.Tensor:
@@ -313,15 +344,18 @@ class _Path:
         """Find the free channels, and give each to the channel whose noise it lowers most."""
         if self.reason:
             return
+        if not all(link.is_observed for link in self.links):
+            self.reason = "its tensors are empty in the batches"
+            return
         self.constants = _find_free(self)
         if not self.constants:
             self.reason = "no channel is free"
             return
         noise = _predict_noise(self)
-        before = float(noise.sum())
-        numbers = torch.ones_like(noise)
+        numbers = torch.ones_like(noise.of_first)
+        before = float(noise.divide(numbers).sum())
         for free in self.constants:
-            gains = noise / numbers**2 - noise / (numbers + 1) ** 2
+            gains = noise.divide(numbers) - noise.divide(numbers + 1)
             gains[list(self.constants)] = 0.0
             channel = int(gains.argmax())
             if not float(gains[channel]) > _LEAST_SHARE * before:
@@ -331,11 +365,12 @@ class _Path:
         if not self.copies:
             self.reason = "no copy lowers the noise enough"
             return
-        self.predicted_db = 10 * log10(before / float((noise / numbers**2).sum()))
+        self.predicted_db = 10 * log10(before / float(noise.divide(numbers).sum()))
 
     @torch.no_grad()
     def apply(self) -> None:
         """Fold the constants of the free channels that are used into the last bias, and make the copies."""
+        weight = self.reader.weight
         columns = _columns(self.reader)
         for free in (channel for copies in self.copies.values() for channel in copies):
             constant = self.constants[free]
@@ -343,8 +378,8 @@ class _Path:
                 moved = columns[:, free].double().sum(1) * constant
                 self.reader.bias.copy_(self.reader.bias.double() + moved)
         for channel, copies in self.copies.items():
-            members = torch.tensor([channel, *copies], device=columns.device)
-            columns[:, members] = columns[:, channel].unsqueeze(1) / len(members)
+            members = torch.tensor([channel, *copies], device=weight.device)
+            weight[:, members] = weight[:, channel].unsqueeze(1) / len(members)
             for layer in self.layers[:-1]:
                 layer.weight[members] = layer.weight[channel].clone()
                 layer.bias[members] = layer.bias[channel].clone()
@@ -413,10 +448,10 @@ def _follow(
         (operation,) = readers
         layer: Any = layers.find(operation)
         if layer is None:
-            narrowed = _bounds_behind(operation, bounds)
-            if narrowed is None:
+            narrowed = _bounds_behind(flow, operation, bounds)
+            if narrowed is None and not _centers(layers, operation):
                 return f"{operation.function} lies between it and the next layer"
-            bounds = narrowed
+            bounds = narrowed or bounds
             pads = pads or operation.function == "pad"
             value = operation.outputs[0]
             continue
@@ -429,25 +464,43 @@ def _follow(
             return reason
         pads = pads or _may_read_zeros(layer)
         is_rounded = operation.module in quantized
-        path.links.append(_Link(operation.module, layer, bounds, pads, is_rounded))
+        offset = offset_of(layer)
+        bounds = (bounds[0] - offset, bounds[1] - offset)
+        path.links.append(_Link(operation.module, layer, bounds, offset, pads, is_rounded))
         if is_last:
             return ""
         value = operation.outputs[0]
         bounds, pads = (-inf, inf), False
 
 
-def _bounds_behind(operation: Operation, bounds: tuple[float, float]) -> tuple[float, float] | None:
+def _bounds_behind(
+    flow: Dataflow, operation: Operation, bounds: tuple[float, float]
+) -> tuple[float, float] | None:
     """The bounds of a tensor behind a function that may lie on a path; None if another function may not.
 
     Args:
+        flow: The data flow of the model.
         operation: The call.
         bounds: Those of its input.
     """
     clamp = clamp_of(operation)
     if clamp is not None:
         return max(bounds[0], clamp[0]), min(bounds[1], clamp[1])
-    is_padding = operation.function == "pad" and pads_zeros(operation)
-    return bounds if is_padding or returns_input(operation) else None
+    return bounds if returns_input(operation) or _pads_images(flow, operation) else None
+
+
+def _pads_images(flow: Dataflow, operation: Operation) -> bool:
+    """Whether a call puts zeros around the channels of images, and between none of them."""
+    if operation.function != "pad" or not pads_zeros(operation):
+        return False
+    padding = operation.arguments.get("pad", operation.arguments.get("1", ()))
+    dims = len(flow.shapes[operation.inputs[0]])
+    return dims > 2 and len(padding) <= 2 * (dims - 2)
+
+
+def _centers(layers: ScalableLayers, operation: Operation) -> bool:
+    """Whether a call subtracts the offset of the layer that follows (`center_inputs`)."""
+    return operation.function == "sub" and layers.is_shifted(operation.module)
 
 
 def _reason_against(
@@ -461,10 +514,19 @@ def _reason_against(
     name = operation.module
     layer: Any = layers.find(operation)
     if getattr(layer, "groups", 1) > 1 and not _is_depthwise(layer):
-        return f"{name} has groups of several channels"
+        return f"{name} has groups, and not one filter for each channel"
+    if any(0 in parameter.stride() for parameter in layer.parameters(recurse=False)):
+        return f"a parameter of {name} is expanded: several of its values are one in memory"
+    if _is_for_inference(layer):
+        return f"{name} was created in torch.inference_mode, and can be changed only there"
     if needs_bias and layer.bias is None:
         return f"{name} has no bias; fold_batchnorm gives it one"
     return ""
+
+
+def _is_for_inference(layer: Any) -> bool:
+    """Whether a layer cannot be changed here, because it was created in inference mode."""
+    return layer.weight.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _may_read_zeros(layer: Any) -> bool:
@@ -482,6 +544,9 @@ def _is_depthwise(layer: Any) -> bool:
 def _find_free(path: _Path) -> dict[int, float]:
     """The channels that are constant whatever the input is: how far they can move at the end of a path is negligible.
 
+    Each weight of the first layer counts relative to the largest one that reads the same value, because the inputs may
+    differ in scale. A channel is negligible relative to the median of all, which one loud channel does not move.
+
     Args:
         path: A path whose tensors were observed.
 
@@ -489,55 +554,73 @@ def _find_free(path: _Path) -> dict[int, float]:
         Channel -> the value that the last layer reads there.
     """
     first = path.links[0]
-    rows = _sum_rows(path.writer)
-    moves = first.largest * rows / rows.max().clamp_min(torch.finfo(torch.float64).tiny)
-    constants = path.writer.bias.double().clamp(*first.bounds)
+    weights = path.writer.weight.double().abs()
+    moves = (weights / weights.amax(0).clamp_min(_TINY)).flatten(1).sum(1)
+    # In units of the tensor, so that it can be compared with what a constant changes at the edge of an image.
+    moves = moves * (first.largest / moves.max().clamp_min(_TINY))
+    constants = (path.writer.bias.double() - first.offset).clamp(*first.bounds)
     for link, after in zip(path.depthwise, path.links[1:], strict=True):
-        edges = constants.abs() if link.pads else torch.zeros_like(constants)
-        moves = _sum_rows(link.layer) * (moves + edges)
-        sums = link.layer.weight.double().flatten(1).sum(1)
-        constants = (link.layer.bias.double() + sums * constants).clamp(*after.bounds)
-    last = path.links[-1]
-    if last.pads:
+        if link.pads:
+            moves = moves + constants.abs()
+        weight = link.layer.weight.double().flatten(1)
+        moves = moves * weight.abs().sum(1)
+        constants = link.layer.bias.double() + weight.sum(1) * constants - after.offset
+        constants = constants.clamp(*after.bounds)
+    if path.links[-1].pads:
         moves = moves + constants.abs()
     moves = moves * _columns(path.reader).double().abs().sum((0, 2))
-    is_free = moves <= _NEGLIGIBLE * moves.max()
+    moving = moves[moves > 0]
+    if not len(moving):
+        return {}
+    is_free = moves <= _NEGLIGIBLE * moving.median()
     if path.reader.bias is None:
         is_free &= constants == 0
     return {int(channel): float(constants[channel]) for channel in is_free.nonzero()}
 
 
-def _predict_noise(path: _Path) -> torch.Tensor:
-    """The squared error that the rounding of each channel adds to all outputs of the last layer, float64 `[C]`.
+class _Noise(NamedTuple):
+    """The squared errors that the rounding of each channel adds to all outputs of the last layer, float64 `[C]`.
+
+    Args:
+        of_first: From the first tensor of a path.
+        of_others: From those after it.
+    """
+
+    of_first: torch.Tensor
+    of_others: torch.Tensor
+
+    def divide(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The noise of each channel in so many copies, float64 `[C]`; see the module."""
+        return self.of_first / numbers**2 + self.of_others / numbers
+
+
+def _predict_noise(path: _Path) -> _Noise:
+    """The noise of each channel without copies.
 
     A rounded value has an error of a twelfth of the squared step, if it is not at a bound. The clamps after it pass on
     the share of it that is not at their bounds.
     """
-    gains = _columns(path.reader).double().square().sum((0, 2))
-    last = path.links[-1]
-    gains = gains * last.share_inside
-    noise = last.step**2 / 12 * gains
+    gains = _columns(path.reader).double().square().sum((0, 2)) * path.links[-1].share_inside
+    noise = path.links[-1].step ** 2 / 12 * gains
+    of_others = torch.zeros_like(noise)
     for link in reversed(path.depthwise):
+        of_others = of_others + noise
         gains = gains * link.layer.weight.double().square().flatten(1).sum(1) * link.share_inside
-        noise = noise + link.step**2 / 12 * gains
-    return noise
-
-
-def _sum_rows(layer: Any) -> torch.Tensor:
-    """The sum of the absolute weights of each output channel, float64 `[Cout]`."""
-    sums: torch.Tensor = layer.weight.double().abs().flatten(1).sum(1)
-    return sums
+        noise = link.step**2 / 12 * gains
+    return _Noise(noise, of_others)
 
 
 def _columns(layer: Any) -> torch.Tensor:
-    """The weight of a layer without groups, `[Cout, Cin, taps]`, a view."""
+    """The weight of a layer without groups, `[Cout, Cin, taps]`."""
     weight: torch.Tensor = layer.weight.detach()
-    return weight.view(*weight.shape[:2], -1)
+    return weight.reshape(*weight.shape[:2], -1)
 
 
-def _observe(model: nn.Module, batches: list[Any], paths: Iterable[_Path] = ()) -> FlatArrays:
+def _observe(
+    model: nn.Module, batches: list[Any], view: OutputView, paths: Iterable[_Path] = ()
+) -> FlatArrays:
     """Run all batches, collect the values of the tensors of paths, and return the outputs by name."""
-    outputs = FlatOutputs()
+    outputs = FlatOutputs(view)
     with ExitStack() as hooks, evaluating(model):
         for path in paths:
             if path.reason:

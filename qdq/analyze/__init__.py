@@ -129,8 +129,8 @@ def analyze_layers(
         gpu: Weigh the gain against the time of a layer on this GPU ("a100", "orin" ...; `qdq.roofline.GPUS`).
         profile: Like `gpu`, with times measured in an engine: JSON of trtexec `--exportProfile`.
         corrects_bias: Measure with analytically corrected biases, because `correct_bias` will follow: a shift of the
-            mean that it takes back is no reason to leave a layer in float. The model gets its biases back. The batches
-            must fit in memory together.
+            mean that it takes back is no reason to leave a layer in float. The model gets its biases back; the targets
+            are for the model with corrected ones.
         path: File to which every measurement is appended; an interrupted analysis continues from it.
         cache_bytes: Limit on activations and quantized weights in memory; activations beyond it go to temporary files.
             For a model on a GPU, it is the limit in the memory of the GPU; as much again may go to that of the host
@@ -188,15 +188,18 @@ def analyze_layers(
         free_units, decided = _pin(model, all_units, precisions, undo)
         units = group_units(model, free_units, groups)
         times = _find_times(model, costs, options, units)
-        biases = ""
-        if corrects_bias:
-            obstacle = fitting.enter_context(expecting_correction(model, samples, options.view))
-            biases = f"biases not corrected: {obstacle}" if obstacle else "biases corrected"
         with Ranks() as ranks:
             fingerprint = ""
             if path is not None:  # it reads all weights and data, which only a file needs
                 measured = metric_used.name + metric_used.view.describe()
+                if corrects_bias:
+                    measured += ", biases corrected"
                 fingerprint = fingerprint_analysis(model, trace, samples, measured, units)
+            biases = ""
+            if (
+                corrects_bias
+            ):  # another machine rounds them differently, so the fingerprint is that of before
+                biases = fitting.enter_context(expecting_correction(model, samples, options.view))
             journal = Journal(None if path is None else Path(path), fingerprint, ranks)
             replay = Replay(model, cache_bytes=cache_bytes)
             probe = Probe(model, samples, metric_used, journal, ranks, replay)

@@ -120,7 +120,7 @@ class Analysis:
         idle: Adds, resizes and average poolings that only layers in float read now; their quantizers are disabled too.
         unknown_work: Calls of operators whose MACs are not known; they are in no share.
         fp8: Layers and calls that are quantized to FP8; all others are int8.
-        biases: How the biases of quantized layers were measured: "" as they are, "biases corrected", or why not.
+        biases: "" if the biases of quantized layers were as they are; else which were corrected, or why none was.
     """
 
     mode: str
@@ -166,6 +166,8 @@ class Analysis:
             method = "measured" if unit.is_exact else "estimated"
             explanation = explanations.get(unit.name, "")
             reason = f"{explanation}{self.mode}: rank {rank} of {len(self.layers)}, {method}"
+            if self.biases:
+                reason = f"{reason} with {self.biases}"
             if unit.name in self.kept:
                 reason = f"{reason}; {self.kept[unit.name]}"
             for name in unit.layers:

@@ -72,6 +72,11 @@ def is_shifted(layer: nn.Module) -> bool:
     return OFFSET_KEY in layer._buffers
 
 
+def offset_of(layer: nn.Module) -> float:
+    """The offset of a layer, 0 if it has none."""
+    return float(getattr(layer, OFFSET_KEY)) if is_shifted(layer) else 0.0
+
+
 def shift_of_mean(layer: nn.Module, quantized: torch.Tensor) -> torch.Tensor:
     """What the rounding of the weight takes away from the bias of a shifted layer, `[Cout]`.
 
@@ -93,7 +98,7 @@ def list_offsets(model: nn.Module) -> list[float]:
     offsets = []
     for layer in model.modules():
         if is_shifted(layer):
-            offsets.append(float(getattr(layer, OFFSET_KEY)))
+            offsets.append(offset_of(layer))
     return offsets
 
 

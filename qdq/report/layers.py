@@ -597,6 +597,8 @@ class _Reasons:
             values = f"{_format_metric(start.metric)} -> {_format_metric(end.metric)}"
             change = f"{metric} of the outputs {values}, {change}"
 
+        if self._analysis.biases:
+            change = f"{change}, with {self._analysis.biases}"
         return f"step {number + 1} of {len(steps)} of the search left it in float: {change}"
 
     def _explain_rank(self, unit: LayerSensitivity) -> str:

@@ -365,7 +365,9 @@ def _describe_search(report: StoredReport) -> str:
     first = format_state(analysis, metric)
     last = format_state(steps[-1], metric)
     quality = "SQNR" if metric == "sqnr" else "quality"
+    biases = analysis.get("biases")  # earlier versions do not say
+    conditions = f", with {biases}," if biases else ""
     return (
         f"The analysis left {len(steps)} of {len(list_units(report))} in float, which took the {quality} "
-        f"on its {analysis['images']} samples from {first} to {last}; it ended: {analysis['stopped_by']}."
+        f"on its {analysis['images']} samples{conditions} from {first} to {last}; it ended: {analysis['stopped_by']}."
     )

@@ -26,6 +26,7 @@ from qdq import (
     rewire_operations,
     swap_modules,
 )
+from qdq.accuracy import bias
 from qdq.analyze import MODES, check_options, probe
 from qdq.cli.analyze import AnalysisOptions
 from qdq.metrics import sqnr_db
@@ -891,12 +892,41 @@ def test_a_shift_that_correct_bias_takes_back_is_no_reason_for_float(shifted, mo
         assert layer.sqnr_db == pytest.approx(sqnr_db(expected, outputs(twin, images)), abs=0.01)
 
 
-def test_biases_that_cannot_be_corrected_are_said(shifted):
+def test_batches_of_different_sizes_are_averaged_by_their_samples(shifted):
     model, images = shifted
-    sizes = [images[0], images[1][..., :6, :6]]
+    sizes = [torch.cat(images)[:6], torch.cat(images)[6:, :, :6, :6]]
     analysis = analyze_layers(model, sizes, corrects_bias=True)
-    assert analysis.biases.startswith("biases not corrected: ")
-    assert analysis.sqnr_db == analyze_layers(model, sizes).sqnr_db
+    assert analysis.biases == "biases corrected"
+    assert analysis.sqnr_db > analyze_layers(model, sizes).sqnr_db + 1
+
+
+def test_layers_that_cannot_be_corrected_are_counted(batches):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.twice(self.twice(self.once(x)))
+
+    model = Twice().eval()
+    swap_modules(model, batches[0], include=["*"])
+    calibrate_model(model, batches)
+    analysis = analyze_layers(model, batches, corrects_bias=True)
+    assert analysis.biases == "biases corrected in 1 of 2 layers"
+    assert analysis.plan.layers["once"].reason.endswith("with biases corrected in 1 of 2 layers")
+
+
+def test_biases_that_cannot_be_corrected_are_said(shifted, monkeypatch):
+    def refuse(*_):
+        raise DataError("no memory\nfor this", "give smaller batches.")
+
+    model, images = shifted
+    monkeypatch.setattr("qdq.accuracy.bias.plan_layers", refuse)
+    analysis = analyze_layers(model, images, corrects_bias=True)
+    assert analysis.biases.startswith("biases not corrected: no memory")
+    assert "\n" not in analysis.biases
+    assert analysis.sqnr_db == analyze_layers(model, images).sqnr_db
 
 
 def test_corrected_biases_and_passes_go_together(shifted):
@@ -931,3 +961,24 @@ def test_a_journal_without_corrected_biases_is_not_used(shifted, tmp_path):
     analysis = analyze_layers(model, images, path=path, corrects_bias=True)
     assert analysis.sqnr_db > plain.sqnr_db + 1
     assert analysis.sqnr_db == analyze_layers(model, images, corrects_bias=True).sqnr_db
+
+
+def test_a_journal_does_not_depend_on_the_rounding_of_the_correction(
+    shifted, tmp_path, monkeypatch
+):
+    """Another number of threads sums in another order."""
+    model, images = shifted
+    path = tmp_path / "analysis.jsonl"
+    expected = analyze_layers(model, images, path=path, corrects_bias=True)
+    size = path.stat().st_size
+    measure = bias._measure_mean_errors
+
+    def measure_elsewhere(*arguments):
+        errors = measure(*arguments)
+        return errors._replace(
+            shifts={name: shift * (1 + 1e-6) for name, shift in errors.shifts.items()}
+        )
+
+    monkeypatch.setattr(bias, "_measure_mean_errors", measure_elsewhere)
+    assert analyze_layers(model, images, path=path, corrects_bias=True).layers == expected.layers
+    assert path.stat().st_size == size  # nothing was measured again
