@@ -982,3 +982,16 @@ def test_a_journal_does_not_depend_on_the_rounding_of_the_correction(
     monkeypatch.setattr(bias, "_measure_mean_errors", measure_elsewhere)
     assert analyze_layers(model, images, path=path, corrects_bias=True).layers == expected.layers
     assert path.stat().st_size == size  # nothing was measured again
+
+
+def test_layers_in_fp8_are_corrected_too(batches):
+    model = ShiftedNet().eval()
+    images = [torch.cat([batch, batch[:, :1]], 1) for batch in batches]
+    swap_modules(model, images[0], include=["*"], formats=["fp8"])
+    calibrate_model(model, images)
+    plain = analyze_layers(model, images)
+    analysis = analyze_layers(model, images, corrects_bias=True)
+    before = {layer.name: layer.sqnr_db for layer in plain.layers}
+    after = {layer.name: layer.sqnr_db for layer in analysis.layers}
+    assert after["shifted"] > before["shifted"] + 1
+    assert analysis.biases == "biases corrected"
