@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, prod
@@ -42,6 +42,7 @@ from qdq.accuracy.float_layers import (
     pads_zeros,
     require_float_model,
     rounding_db,
+    undoing_changes,
 )
 from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
 from qdq.batch import list_filled_batches
@@ -197,7 +198,7 @@ def _equalize_exactly(
         The results, and the SQNR of the float outputs in dB.
     """
     limit_db = rounding_db(model)
-    with _undoing(groups) as undo:
+    with undoing_changes(_list_layers(groups)) as undo:
         tensors = [_equalize(group) for group in groups]
         float_db = _sqnr(expected, _observe(model, batches, []))
         if float_db >= limit_db:
@@ -206,7 +207,7 @@ def _equalize_exactly(
 
     tensors, float_db = [], inf
     for group in groups:
-        with _undoing([group]) as undo:
+        with undoing_changes(_list_layers([group])) as undo:
             tensor = _equalize(group)
             if not tensor.reason:
                 moved_db = _sqnr(expected, _observe(model, batches, []))
@@ -222,27 +223,13 @@ def _equalize_exactly(
     return tensors, float_db
 
 
-@contextmanager
-def _undoing(groups: list[_Group]) -> Iterator[Callable[[], None]]:
-    """Yield a function that restores the parameters of all layers; an error or Ctrl-C in the block does so, too."""
-    saved: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+def _list_layers(groups: Iterable[_Group]) -> list[Any]:
+    """The layers around the groups that may be scaled."""
+    layers: list[Any] = []
     for group in groups:
-        if group.reason:
-            continue
-        for layer in (*group.writers.values(), *group.readers.values()):
-            for parameter in layer.parameters(recurse=False):
-                saved[id(parameter)] = (parameter, parameter.detach().clone())
-
-    @torch.no_grad()
-    def undo() -> None:
-        for parameter, values in saved.values():
-            parameter.copy_(values)
-
-    try:
-        yield undo
-    except BaseException:
-        undo()
-        raise
+        if not group.reason:
+            layers += [*group.writers.values(), *group.readers.values()]
+    return layers
 
 
 @dataclass(frozen=True)

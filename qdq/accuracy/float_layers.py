@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import log10
 from typing import Any
 
@@ -46,6 +47,30 @@ def list_unchanged(reasons: Iterable[tuple[str, str]]) -> list[str]:
     for reason, names in group_names(unchanged).items():
         lines.append(f"  {len(names)} ({names[0]} ...): {reason}")
     return lines
+
+
+@contextmanager
+def undoing_changes(layers: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Yield a function that restores the parameters of some layers; an error or Ctrl-C in the block does so, too.
+
+    Args:
+        layers: The layers that the block changes.
+    """
+    saved: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+    for layer in layers:
+        for parameter in layer.parameters(recurse=False):
+            saved[id(parameter)] = (parameter, parameter.detach().clone())
+
+    @torch.no_grad()
+    def undo() -> None:
+        for parameter, values in saved.values():
+            parameter.copy_(values)
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 class ScalableLayers:

@@ -22,8 +22,8 @@ mean of n independent errors counts, which is n times as small.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf, log10
@@ -43,6 +43,7 @@ from qdq.accuracy.float_layers import (
     pads_zeros,
     require_float_model,
     returns_input,
+    undoing_changes,
 )
 from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
 from qdq.batch import list_filled_batches
@@ -163,7 +164,7 @@ def split_channels(
     changed = [path for path in paths if not path.reason]
     float_db = inf
     if changed:
-        with _undoing(changed):
+        with undoing_changes(_list_layers(changed)):
             float_db = _split(changed, lambda: _compare(model, samples, view, expected))
     result = Splitting(tuple(path.result for path in paths), float_db)
     logger.info("%s", result.format_table())
@@ -180,7 +181,7 @@ def _split(paths: list[_Path], compare: Callable[[], float]) -> float:
     Returns:
         The SQNR of the float outputs in dB.
     """
-    with _undoing(paths) as undo:
+    with undoing_changes(_list_layers(paths)) as undo:
         for path in paths:
             path.apply()
         float_db = compare()
@@ -190,7 +191,7 @@ def _split(paths: list[_Path], compare: Callable[[], float]) -> float:
 
     float_db = inf
     for path in paths:
-        with _undoing([path]) as undo:
+        with undoing_changes(path.layers) as undo:
             path.apply()
             moved_db = compare()
             if moved_db >= _LEAST_FLOAT_DB:
@@ -206,25 +207,9 @@ def _compare(model: nn.Module, batches: list[Any], view: OutputView, expected: F
     return min(list_decibels(expected, _observe(model, batches, view)).values())
 
 
-@contextmanager
-def _undoing(paths: list[_Path]) -> Iterator[Callable[[], None]]:
-    """Yield a function that restores the parameters of all layers; an error or Ctrl-C in the block does so, too."""
-    saved: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
-    for path in paths:
-        for layer in path.layers:
-            for parameter in layer.parameters(recurse=False):
-                saved[id(parameter)] = (parameter, parameter.detach().clone())
-
-    @torch.no_grad()
-    def undo() -> None:
-        for parameter, values in saved.values():
-            parameter.copy_(values)
-
-    try:
-        yield undo
-    except BaseException:
-        undo()
-        raise
+def _list_layers(paths: Iterable[_Path]) -> list[Any]:
+    """The layers of some paths."""
+    return [layer for path in paths for layer in path.layers]
 
 
 @dataclass

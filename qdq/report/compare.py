@@ -225,7 +225,9 @@ _COLUMNS = (
     _Column("sqnr_db", "SQNR of the outputs, dB", "{:.2f}".format, 1),
     _Column("agreement", "same answer as float", format_percent, 1),
     _Column("top1", "top-1", format_percent, 1),
-    _Column("all_quantized_sqnr_db", "SQNR with all {state} in the analysis, dB", "{:.2f}".format, 1),
+    _Column(
+        "all_quantized_sqnr_db", "SQNR with all {state} in the analysis, dB", "{:.2f}".format, 1
+    ),
     _Column("onnx_megabytes", "ONNX file, MB", "{:.2f}".format, -1),
     _Column("engine_megabytes", "engine, MB", "{:.2f}".format, -1),
     _Column("findings", "findings", "{:.0f}".format, -1),

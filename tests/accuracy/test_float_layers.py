@@ -14,6 +14,7 @@ from qdq.accuracy.float_layers import (
     require_float_model,
     returns_input,
     rounding_db,
+    undoing_changes,
 )
 from qdq.forward import trace_forward
 
@@ -78,6 +79,27 @@ def test_a_swapped_model_is_refused_with_the_function():
     qdq.swap_modules(model, torch.randn(2, 4), include=["*"])
     with pytest.raises(qdq.StateError, match="call equalize_layers before swap_modules"):
         require_float_model(model, "equalize_layers")
+
+
+def test_changes_are_undone_on_demand_and_after_an_error():
+    layer = nn.Linear(2, 2)
+    former = layer.weight.detach().clone()
+    with undoing_changes([layer]) as undo:
+        layer.weight.data.add_(1)
+        undo()
+        assert torch.equal(layer.weight, former)
+
+    def interrupt():
+        with undoing_changes([layer]):
+            layer.weight.data.add_(1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert torch.equal(layer.weight, former)
+    with undoing_changes([layer]):
+        layer.weight.data.add_(1)
+    assert torch.equal(layer.weight, former + 1)
 
 
 def test_reasons_are_counted():
