@@ -92,8 +92,8 @@ def bench_accuracy(
     )
     change_first("+ equalization", qdq.equalize_layers)
     split = change_first("+ splitting", qdq.split_channels)
-    both = change_first("+ splitting and centering", qdq.split_channels, qdq.center_inputs)
-    for name, model in (("splitting", split), ("splitting, centering", both)):
+    both = change_first("+ centering and splitting", qdq.center_inputs, qdq.split_channels)
+    for name, model in (("splitting", split), ("centering, splitting", both)):
         corrected = copy.deepcopy(model)
         measure(f"{name}, bias", corrected, lambda model: qdq.correct_bias(model, few))
         measure(f"{name}, AdaRound", model, lambda model: qdq.round_weights(model, few))
