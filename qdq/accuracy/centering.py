@@ -30,8 +30,7 @@ from tqdm import tqdm
 from qdq.accuracy.float_layers import (
     ScalableLayers,
     list_unchanged,
-    may_pad,
-    pads_input,
+    may_read_zeros,
     require_float_model,
     returns_input,
     rounding_db,
@@ -283,7 +282,7 @@ def _reason_against(layer: Any) -> str:
     """Why the input of a layer must keep its mean, "" if it may be moved."""
     if layer.bias is None:
         return "it has no bias; fold_batchnorm gives it one"
-    if pads_input(layer) or may_pad(layer):
+    if may_read_zeros(layer):
         return "it pads its input with zeros"
     if is_shifted(layer):
         return "it is centered already"

@@ -1,4 +1,4 @@
-"""What the passes on the float model share: they change weights before `swap_modules`, between layers that follow."""
+"""What the passes on the float model share: they change weights and biases before `swap_modules`."""
 
 from __future__ import annotations
 
@@ -201,6 +201,15 @@ def may_pad(layer: Any) -> bool:
     classes: list[Any] = list(type(layer).__mro__)
     torch_class = next(base for base in classes if base.__module__ == _ConvNd.__module__)
     return has_kernel and classes[0].forward is not torch_class.forward
+
+
+def may_read_zeros(layer: Any) -> bool:
+    """Whether a layer may put zeros around its input.
+
+    Args:
+        layer: Any layer.
+    """
+    return pads_input(layer) or may_pad(layer)
 
 
 def rounding_db(model: nn.Module) -> float:

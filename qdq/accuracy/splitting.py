@@ -38,8 +38,7 @@ from tqdm import tqdm
 from qdq.accuracy.float_layers import (
     ScalableLayers,
     list_unchanged,
-    may_pad,
-    pads_input,
+    may_read_zeros,
     pads_zeros,
     require_float_model,
     returns_input,
@@ -447,7 +446,7 @@ def _follow(
             reason = reason or "its layers have different channel axes"
         if reason:
             return reason
-        pads = pads or _may_read_zeros(layer)
+        pads = pads or may_read_zeros(layer)
         is_rounded = operation.module in quantized
         offset = offset_of(layer)
         bounds = (bounds[0] - offset, bounds[1] - offset)
@@ -512,11 +511,6 @@ def _reason_against(
 def _is_for_inference(layer: Any) -> bool:
     """Whether a layer cannot be changed here, because it was created in inference mode."""
     return layer.weight.is_inference() and not torch.is_inference_mode_enabled()
-
-
-def _may_read_zeros(layer: Any) -> bool:
-    """Whether a layer may put zeros around its input."""
-    return pads_input(layer) or may_pad(layer)
 
 
 def _is_depthwise(layer: Any) -> bool:
