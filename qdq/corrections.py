@@ -183,7 +183,7 @@ def undoing_passes(
 
 
 class Snapshot:
-    """The weights, biases and ranges that passes gave a model, and these passes.
+    """The weights, biases and ranges that passes gave a model, these passes, and what they keep of the float model.
 
     Args:
         model: The model.
@@ -191,14 +191,21 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._passes = list_passes(model)
-        self._layers = [(layer, _copy_parameters(layer)) for layer in _list_layers(model)]
-        self._ranges = _copy_ranges(quantizer for quantizer, _ in _list_ranges(model))
+        layers = _list_layers(model)
+        self._layers = [(layer, _copy_parameters(layer)) for layer in layers]
+        self._float_parameters = {layer: layer.float_parameters for layer in layers}
+        self._calibrated_ranges = _list_ranges(model)
+        self._ranges = _copy_ranges(quantizer for quantizer, _ in self._calibrated_ranges)
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model these weights, biases, ranges and passes again."""
+        """Give the model these weights, biases, ranges and passes again, also if it has forgotten its passes since."""
         undo_passes(model)
         for layer, parameters in self._layers:
             _put_back(layer, parameters)
+            if layer in self._float_parameters:
+                layer.float_parameters = self._float_parameters[layer]
+        for quantizer, amax in self._calibrated_ranges:
+            quantizer.amax = amax
         keep_ranges(model, [quantizer for quantizer, _ in self._ranges])
         for quantizer, amax in self._ranges:
             quantizer.amax = amax

@@ -22,6 +22,7 @@ from qdq import (
     finetune,
     fold_batchnorm,
     predict,
+    reconstruct_blocks,
     restore_modules,
     rewire_operations,
     round_weights,
@@ -226,6 +227,37 @@ def test_training_starts_from_the_corrected_model_and_makes_it_the_own_one(swapp
     trained = {name: tensor.clone() for name, tensor in model.named_parameters()}
     calibrate_model(model, [images])
     assert all(torch.equal(model.get_parameter(name), trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize("ranges", ["frozen", "lsq", "ema"])
+def test_training_without_a_better_step_leaves_the_passes(ranges, swapped, data, tmp_path):
+    model = copy.deepcopy(swapped[0])
+    images, held = data
+    correct_bias(model, [images])
+    reconstruct_blocks(model, [images], steps=4, drop=0.5)
+    corrected = copy.deepcopy(model)
+    options = {
+        "schedule": Schedule(steps=3, lr=10.0, bias_lr=10.0),  # destroys the weights
+        "ranges": ranges,
+        "held": [held],
+        "folder": tmp_path / "tuning",
+    }
+    tuning = finetune(model, [images[:8]], **options)
+    assert tuning.best_step == 0
+    finished = copy.deepcopy(corrected)
+    finetune(finished, [images[:8]], **options)  # a run that is read back
+    float_model = copy.deepcopy(swapped[0])
+    restore_modules(float_model)
+    calibrate_model(corrected, [held])
+    for trained in (model, finished):
+        names = [entry.name for entry in list_passes(trained)]
+        assert names == ["reconstruct_blocks", "correct_bias"]
+        calibrate_model(trained, [held])  # does the passes again on the weights of the float model
+        for name, values in corrected.state_dict().items():
+            torch.testing.assert_close(trained.state_dict()[name], values, rtol=0, atol=0)
+        restore_modules(trained)
+        for name, values in float_model.state_dict().items():
+            assert torch.equal(trained.state_dict()[name], values)
 
 
 def test_kept_weights_are_not_in_the_state(swapped, data):

@@ -7,7 +7,7 @@ another forward, like a convolution with same padding, is quantized without bein
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -160,6 +160,16 @@ class QuantMixin(QuantInputMixin):
             parameter = self._parameters.get(name)
             values = None if parameter is None else own_tensor(parameter.detach().clone())
             self.register_buffer(f"_float_{name}", values, persistent=False)
+
+    @property
+    def float_parameters(self) -> dict[str, torch.Tensor | None]:
+        """The kept weight and bias; None for a bias that the float layer does not have."""
+        return {name: self._buffers[f"_float_{name}"] for name in _FLOAT_PARAMETERS}
+
+    @float_parameters.setter
+    def float_parameters(self, values: Mapping[str, torch.Tensor | None]) -> None:
+        for name, value in values.items():
+            self.register_buffer(f"_float_{name}", value, persistent=False)
 
     def restore_float(self) -> None:
         """Give the layer the kept weight and bias again; nothing if none are kept."""

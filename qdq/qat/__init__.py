@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from qdq.batch import count_samples, require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
-from qdq.corrections import forget_passes
+from qdq.corrections import Snapshot, forget_passes
 from qdq.device import find_device, without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
@@ -137,6 +137,8 @@ def finetune(
 
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
+            What the accuracy passes fitted is then part of the model and is not fitted again. If no step was better
+            than the start, the model is that of before the call, with its passes.
         batches: The inputs of the model (see `forward.call_model`), a list or a DataLoader: every epoch iterates over
             it. The seed and the number of the epoch seed the random numbers that it shuffles with, and the `generator`
             of a DataLoader and of its samplers. If a sampler has `set_epoch(epoch)`, it is called.
@@ -204,6 +206,7 @@ def finetune(
             is_measured = metric is not None or held is not None
             _require_useful(options, teacher, distillation, is_measured)
             task = _Task(model, teacher, loss, distillation, metric)
+            start = Snapshot(model)
             trainer, record = _prepare(task, batches, held, options, exits)
         _require_alike(record.settings | {"folder": folder is not None})
         stopped, last_batch = _run(trainer, record, batches, options)
@@ -211,6 +214,8 @@ def finetune(
         if last_batch is None:  # the run in the folder was finished before
             last_batch = next(iter(batches), None)
         trainer.finish()
+        if best_step == 0:
+            start.restore(model)  # its passes are still right
         tuning = Tuning(
             losses=tuple(record.losses),
             curve=tuple(record.curve),
