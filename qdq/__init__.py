@@ -66,7 +66,7 @@ _HOMES = {
         "enable_quantization",
     ),
     "range_files": ("RangeExport", "RangeImport", "export_ranges", "import_ranges"),
-    "recover": ("FITTED_SAMPLES", "recover_accuracy"),
+    "recover": ("FITTED_SAMPLES", "recover_accuracy", "refit_passes"),
     "references": ("save_references",),
     "report": ("write_report",),
     "report.compare": ("compare_runs",),

@@ -91,6 +91,7 @@ from qdq.range_files import export_ranges as export_ranges
 from qdq.range_files import import_ranges as import_ranges
 from qdq.recover import FITTED_SAMPLES as FITTED_SAMPLES
 from qdq.recover import recover_accuracy as recover_accuracy
+from qdq.recover import refit_passes as refit_passes
 from qdq.references import save_references as save_references
 from qdq.report import write_report as write_report
 from qdq.report.compare import compare_runs as compare_runs

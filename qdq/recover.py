@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -122,12 +123,39 @@ def recover_accuracy(
         recovery.tried.append(name)
         recovery.save(model, judge)
     if refit is not None and not recovery.is_fitted:
-        _fit_again(model, refit, recovery)
+        notes, recovery.is_refitted = _fit_again(model, refit)
+        recovery.notes += notes
         recovery.is_fitted = True
         recovery.save(model, judge)
     for note in recovery.notes:
         logger.info("%s", note)
     return judge.conclude(recovery.notes)
+
+
+def refit_passes(model: nn.Module, batches: Iterable[Any], steps: JudgedSteps) -> JudgedSteps:
+    """Fit the passes that changed a model to all samples, when nothing is judged any more: more samples fit better.
+
+    A model that `finetune` has trained has no passes left and does not change.
+
+    Args:
+        model: The model, changed in place.
+        batches: All samples, those of the judge included. They must fit in memory together.
+        steps: From `recover_accuracy`, without `refit`.
+
+    Returns:
+        The steps, with a note of what was done.
+
+    Raises:
+        ArgumentTypeError: What is no model, or one tensor or dictionary instead of batches.
+        DataError: No batch with samples.
+    """
+    require_model(model)
+    notes, _ = _fit_again(model, list_filled_batches(batches))
+    for note in notes:
+        logger.info("%s", note)
+    if not notes:
+        return steps
+    return replace(steps, notes=(*steps.notes, *notes))
 
 
 def _list_passes(batches: list[Any], view: OutputView) -> dict[str, AccuracyPass]:
@@ -163,12 +191,16 @@ def _try_pass(
         judge.mark_undone()
 
 
-def _fit_again(model: nn.Module, batches: list[Any], recovery: Recovery) -> None:
-    """Do the passes of a model again on other samples, and note what was done."""
+def _fit_again(model: nn.Module, batches: list[Any]) -> tuple[list[str], bool]:
+    """Do the passes of a model again on other samples.
+
+    Returns:
+        What was done, in words, and whether the passes are fitted to these samples now.
+    """
     former = Snapshot(model)
     passes = undo_passes(model)
     if not passes:
-        return
+        return [], False
     try:
         for accuracy_pass in passes:
             accuracy_pass.run(model, batches=batches)
@@ -176,12 +208,9 @@ def _fit_again(model: nn.Module, batches: list[Any], recovery: Recovery) -> None
         former.restore(model)
         if not isinstance(error, DataError | StateError):
             raise
-        recovery.notes.append(
+        reason = (
             f"The passes keep their fit to the samples without the held-out ones: {error.message}"
         )
-        return
-    recovery.is_refitted = True
+        return [reason], False
     names = ", ".join(accuracy_pass.name for accuracy_pass in passes)
-    recovery.notes.append(
-        f"The passes that stay were then fitted to all calibration samples: {names}"
-    )
+    return [f"The passes that stay were then fitted to all calibration samples: {names}"], True

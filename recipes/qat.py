@@ -217,7 +217,6 @@ def qat(
         judge,
         effort=accuracy,
         tunes=False,
-        refit=calibration.subset(num_fitted).by_source(),
         **view,
         weights=workload.output_weights,
     )
@@ -243,8 +242,12 @@ def qat(
     )
     if not run.is_first:
         return 0  # torchrun: only the first process continues
-    outputs["fine-tuned"] = qdq.predict(net, samples, **view)
-    scores["fine-tuned"] = workload.measure(net)
+    end = "fine-tuned"
+    if tuning.best_step == 0:
+        end = "start, fitted again"
+        steps = qdq.refit_passes(net, calibration.subset(num_fitted).by_source(), steps)
+    outputs[end] = qdq.predict(net, samples, **view)
+    scores[end] = workload.measure(net)
 
     run.stage("export and check")
     exported = qdq.export_onnx(
@@ -259,11 +262,11 @@ def qat(
     scores["ONNX"] = workload.measure(exported.path)
     default_outputs = qdq.predict(exported.path, samples, session="default", **view)
     tie_floor_db = qdq.measure_tie_floor(
-        net, samples, expected=outputs["fine-tuned"], precision=exported.remainder, **view
+        net, samples, expected=outputs[end], precision=exported.remainder, **view
     )
     check = qdq.check_onnx(
         exported.path,
-        expected=outputs["fine-tuned"],
+        expected=outputs[end],
         found=outputs["ONNX"],
         found_default=default_outputs,
         tie_floor_db=tie_floor_db,

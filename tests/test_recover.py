@@ -123,6 +123,36 @@ def test_the_last_fit_has_the_options_of_the_pass(net: nn.Module, samples: torch
         torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
 
 
+def test_refit_passes_fits_to_all_samples_what_was_judged_without_some(
+    net: nn.Module, samples: torch.Tensor
+) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    at_once = copy.deepcopy(net)
+    qdq.recover_accuracy(at_once, [samples[32:]], judge.copy(), refit=[samples])
+    steps = qdq.recover_accuracy(net, [samples[32:]], judge)
+    refitted = qdq.refit_passes(net, [samples], steps)
+
+    assert refitted.steps == steps.steps
+    assert refitted.notes == (
+        "The passes that stay were then fitted to all calibration samples: correct_bias",
+    )
+    for name, values in at_once.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], values, rtol=0, atol=0)
+
+
+def test_refit_passes_does_nothing_after_fine_tuning(net: nn.Module, samples: torch.Tensor) -> None:
+    judge = Judge(net, [samples[:32]])
+    _calibrate(net, samples)
+    judge.measure("calibrated", net)
+    steps = qdq.recover_accuracy(net, [samples[32:]], judge)
+    qdq.finetune(net, [samples[32:]], schedule=qdq.Schedule(steps=2))
+    before = _state(net)
+    assert qdq.refit_passes(net, [samples], steps) is steps
+    assert all(torch.equal(net.state_dict()[name], values) for name, values in before.items())
+
+
 def test_ctrl_c_in_the_last_fit_keeps_what_was_fitted(
     net: nn.Module, samples: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,11 @@ class SampleBatches:
         """Number of samples in all batches."""
         return sum(map(count_samples, self.batches))
 
+    @property
+    def num_sources(self) -> int:
+        """Number of samples: each is a source of its own."""
+        return self.num_samples
+
     def subset(self, n: int) -> Self:
         """The first `n` samples, or all if there are fewer; the last batch is cut.
 
@@ -148,6 +153,11 @@ class DrawnBatches:
     def num_samples(self) -> int:
         """Number of items in a pass."""
         return len(self.indices)
+
+    @property
+    def num_sources(self) -> int:
+        """Number of items: each is a source of its own."""
+        return self.num_samples
 
     def subset(self, n: int) -> Self:
         """The first `n` items, or all if there are fewer.

@@ -26,8 +26,6 @@ EVALUATION_SAMPLES = 500
 
 _EXAMPLE_SAMPLES = 2
 _MOST_HELD_OUT = 32  # of the calibration samples, to judge quantization on
-_MOST_HELD_OUT_OF_TRAINING = 128  # to choose the best weights on
-_HELD_OUT_PART = 4  # one of so many training samples is held out at most
 
 
 class Samples(Protocol):
@@ -51,6 +49,10 @@ class Samples(Protocol):
         """Number of samples in all batches."""
 
     @property
+    def num_sources(self) -> int:
+        """Number of different photographs if the samples are crops, else of samples."""
+
+    @property
     def labels(self) -> list[int] | None:
         """Class index of each sample; None if there are none."""
 
@@ -71,7 +73,7 @@ class TrainingSamples(Protocol):
     def __len__(self) -> int: ...
 
     def without_first(self, n: int, /) -> TrainingSamples:
-        """All samples but the first `n`."""
+        """All samples but the first `n`; of crops, those of all photographs but the first `n`."""
 
     @property
     def num_samples(self) -> int:
@@ -136,7 +138,7 @@ class Workload:
         calibration: Samples to calibrate on, and to choose on.
         evaluation: Other samples, to evaluate on.
         load_training: Returns batches to fine-tune on. No sample is in `evaluation`; `without_first(n)` leaves out the
-            first `n` samples of `calibration`.
+            first `n` sources of `calibration`: its samples, or the photographs that these are crops of.
         score: The metric of the task; None if accuracy by labels, or nothing, is measured.
         outputs: The parts of the outputs that count, as for `qdq.predict`; None for all.
         mask: What leaves padding out, as for `qdq.predict`.
@@ -171,19 +173,12 @@ class Workload:
         return self.calibration.hold_out(self.num_held_out)
 
     def split_training(self) -> tuple[TrainingSamples, Samples]:
-        """Batches to fine-tune on, and calibration samples to choose the best weights on.
+        """Batches to fine-tune on, and the calibration samples that are held out, to choose the best weights on.
 
-        The samples are not among the batches, except where these are several crops of each of a few images, such as the
-        packaged photographs (`CropBatches.without_first`): too few would be left.
-
-        Those are up to 128, but at most a quarter of the training samples, and at least `num_held_out`: the SQNR of 32
-        samples can vary by more than the weights of two steps differ in.
+        No photograph or other source of these is among the batches.
         """
-        training = self.load_training()
-        part = training.num_samples // _HELD_OUT_PART
-        most = min(_MOST_HELD_OUT_OF_TRAINING, part, self.calibration.num_samples)
-        num_held_out = max(most, self.num_held_out)
-        return training.without_first(num_held_out), self.calibration.subset(num_held_out)
+        _, held_out = self.hold_out()
+        return self.load_training().without_first(held_out.num_sources), held_out
 
     @property
     def view(self) -> dict[str, Any]:

@@ -10,14 +10,8 @@ from qdq.workloads.sample_batches import ShuffledBatches
 
 @pytest.mark.parametrize(
     ("num_training", "num_calibration", "num_held_out"),
-    [
-        (2000, 160, 128),
-        (400, 128, 100),
-        (400, 50, 50),
-        (128, 128, 32),
-        (40, 40, 20),
-    ],
-    ids=["128", "a quarter", "all that calibrate", "32 at least", "a half if few"],
+    [(2000, 160, 32), (400, 50, 25), (40, 40, 20)],
+    ids=["32", "half of what calibrates", "half if few"],
 )
 def test_samples_are_held_out_of_training(num_training, num_calibration, num_held_out):
     numbers = torch.arange(num_training)
@@ -30,14 +24,19 @@ def test_samples_are_held_out_of_training(num_training, num_calibration, num_hel
     trained_numbers = torch.cat(list(trained)).tolist()
     assert sorted(trained_numbers) == list(range(num_held_out, num_training))
     assert trained.num_samples == num_training - num_held_out
-    _, judged = workload.hold_out()
-    assert judged.num_samples == workload.num_held_out == min(32, num_calibration // 2)
+    fitted, judged = workload.hold_out()
+    assert torch.cat(list(judged)).tolist() == list(range(num_held_out))
+    assert torch.cat(list(fitted)).tolist() == list(range(num_held_out, num_calibration))
 
 
-def test_all_packaged_photographs_are_trained_on():
+def test_no_crop_of_a_photograph_that_judges_is_trained_on():
     pytest.importorskip("torchvision", reason="needs the extra 'demo'")
     workload = load_workload(WorkloadOptions("squeezenet1_1", "random", eval_samples=2))
     trained, held_out = workload.split_training()
+    assert sorted(set(held_out.photographs)) == [0, 1]
     assert held_out.num_samples == 32
-    assert trained.num_samples == len(set(trained.files)) == 8
+    assert trained.files == workload.load_training().files[2:]
+    assert trained.num_samples == len(set(trained.files)) == 6
     assert trained.num_images == 1024
+    images, _ = next(iter(trained))
+    assert images.shape[1:] == (3, 224, 224)

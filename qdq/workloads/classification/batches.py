@@ -78,6 +78,11 @@ class ImageBatches:
         """Number of images."""
         return self.num_images
 
+    @property
+    def num_sources(self) -> int:
+        """Number of different photographs if the images are crops, else of images."""
+        return self.num_images if self.photographs is None else len(set(self.photographs))
+
     def subset(self, n: int) -> ImageBatches:
         """The first `n` images, or all if there are fewer; shares memory with this set.
 
@@ -226,10 +231,7 @@ class CropBatches:
         return len(self.files)
 
     def without_first(self, n: int) -> CropBatches:
-        """Crops of all images but the first `n`, one of each.
-
-        If a pass has several crops of each image, as of the few packaged photographs, all images stay: too few would be
-        left.
+        """Crops of all images but the first `n`: one of each, or as many as before if a pass has several of each.
 
         Args:
             n: At least 0.
@@ -237,15 +239,17 @@ class CropBatches:
         Raises:
             ArgumentError: There are no more.
         """
-        if self.num_images > self.num_samples:
-            return self
         files = self.files[n:]
+        num_images = len(files)
+        has_several = self.num_images > self.num_samples
+        if files and has_several:
+            num_images = self.num_images
         labels = None if self.labels is None else self.labels[n:]
         description = (
             f"random crops of {len(files)} images, without the first {n} of: {self.description}"
         )
         return replace(
-            self, files=files, labels=labels, num_images=len(files), description=description
+            self, files=files, labels=labels, num_images=num_images, description=description
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -64,6 +64,11 @@ class DetectorInputs:
         return self.pictures.num_samples
 
     @property
+    def num_sources(self) -> int:
+        """Number of images: each is a source of its own."""
+        return self.num_samples
+
+    @property
     def labels(self) -> None:
         """None: a picture has many objects."""
 
