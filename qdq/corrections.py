@@ -198,7 +198,10 @@ class Snapshot:
         self._ranges = _copy_ranges(quantizer for quantizer, _ in self._calibrated_ranges)
 
     def restore(self, model: nn.Module) -> None:
-        """Give the model these weights, biases, ranges and passes again, also if it has forgotten its passes since."""
+        """Give the layers that the passes changed these weights, biases and ranges again, and the model the passes.
+
+        It may have forgotten its passes since.
+        """
         undo_passes(model)
         for layer, parameters in self._layers:
             _put_back(layer, parameters)

@@ -140,7 +140,7 @@ def refit_passes(model: nn.Module, batches: Iterable[Any], steps: JudgedSteps) -
     Args:
         model: The model, changed in place.
         batches: All samples, those of the judge included. They must fit in memory together.
-        steps: From `recover_accuracy`, without `refit`.
+        steps: What `recover_accuracy` returned when it was called without `refit`.
 
     Returns:
         The steps, with a note of what was done.

@@ -135,7 +135,6 @@ def qat(
     )
     net = workload.module
     calibration, samples, view = workload.calibration, workload.evaluation, workload.view
-    fitted, held_out = workload.hold_out()
     check_layers(
         workload,
         exclude=exclude,
@@ -146,9 +145,10 @@ def qat(
     )
     uses_labels = loss in ("labels", "both")
     if uses_labels:
-        training, validation = workload.load_training(), None
+        training = workload.load_training()
+        fitted, held_out = workload.hold_out()
     else:
-        training, validation = workload.split_training()
+        training, fitted, held_out = workload.split_training()
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
     run = qdq.start_run(
         output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
@@ -211,12 +211,14 @@ def qat(
 
     run.stage("recover accuracy")
     num_fitted = qdq.FITTED_SAMPLES[accuracy]
+    all_fitted = calibration.subset(num_fitted).by_source()
     steps = qdq.recover_accuracy(
         net,
         fitted.subset(num_fitted).by_source(),
         judge,
         effort=accuracy,
         tunes=False,
+        refit=all_fitted if uses_labels else None,
         **view,
         weights=workload.output_weights,
     )
@@ -231,7 +233,7 @@ def qat(
         training,
         loss=qdq.cross_entropy if uses_labels else None,
         distillation=distillation if uses_teacher else None,
-        held=validation,
+        held=None if uses_labels else held_out,
         ranges=ranges,
         layers=layers,
         schedule=schedule,
@@ -244,8 +246,8 @@ def qat(
         return 0  # torchrun: only the first process continues
     end = "fine-tuned"
     if tuning.best_step == 0:
-        end = "start, fitted again"
-        steps = qdq.refit_passes(net, calibration.subset(num_fitted).by_source(), steps)
+        end = "start, kept"
+        steps = qdq.refit_passes(net, all_fitted, steps)
     outputs[end] = qdq.predict(net, samples, **view)
     scores[end] = workload.measure(net)
 

@@ -30,7 +30,7 @@ from qdq import (
     tune_weights,
 )
 from qdq.accuracy import bias
-from qdq.corrections import list_passes
+from qdq.corrections import list_passes, undo_passes
 from qdq.metrics import sqnr_db
 from qdq.plan import Plan, PlanEntry
 from qdq.qat.losses import Distillation, relative_error
@@ -229,12 +229,34 @@ def test_training_starts_from_the_corrected_model_and_makes_it_the_own_one(swapp
     assert all(torch.equal(model.get_parameter(name), trained[name]) for name in trained)
 
 
+def correct_and_reconstruct(model, images):
+    correct_bias(model, [images])
+    reconstruct_blocks(model, [images], steps=4, drop=0.5)
+
+
+def check_equal(model, expected):
+    for name, values in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], values), name
+
+
+def check_passes_are_kept(model, corrected, calibrated):
+    """The model is the corrected one, and without its passes the one that was only calibrated."""
+    check_equal(model, corrected)
+    names = [entry.name for entry in list_passes(model)]
+    assert names == ["reconstruct_blocks", "correct_bias"]
+    undone = copy.deepcopy(calibrated)
+    undo_passes(model)
+    check_equal(model, undone)
+    restore_modules(undone)
+    restore_modules(model)
+    check_equal(model, undone)
+
+
 @pytest.mark.parametrize("ranges", ["frozen", "lsq", "ema"])
 def test_training_without_a_better_step_leaves_the_passes(ranges, swapped, data, tmp_path):
     model = copy.deepcopy(swapped[0])
     images, held = data
-    correct_bias(model, [images])
-    reconstruct_blocks(model, [images], steps=4, drop=0.5)
+    correct_and_reconstruct(model, images)
     corrected = copy.deepcopy(model)
     options = {
         "schedule": Schedule(steps=3, lr=10.0, bias_lr=10.0),  # destroys the weights
@@ -244,20 +266,43 @@ def test_training_without_a_better_step_leaves_the_passes(ranges, swapped, data,
     }
     tuning = finetune(model, [images[:8]], **options)
     assert tuning.best_step == 0
-    finished = copy.deepcopy(corrected)
-    finetune(finished, [images[:8]], **options)  # a run that is read back
-    float_model = copy.deepcopy(swapped[0])
-    restore_modules(float_model)
-    calibrate_model(corrected, [held])
-    for trained in (model, finished):
-        names = [entry.name for entry in list_passes(trained)]
-        assert names == ["reconstruct_blocks", "correct_bias"]
-        calibrate_model(trained, [held])  # does the passes again on the weights of the float model
-        for name, values in corrected.state_dict().items():
-            torch.testing.assert_close(trained.state_dict()[name], values, rtol=0, atol=0)
-        restore_modules(trained)
-        for name, values in float_model.state_dict().items():
-            assert torch.equal(trained.state_dict()[name], values)
+    check_equal(model, corrected)
+    read_back = finetune(model, [images[:8]], **options)  # a finished run
+    assert read_back.losses == tuning.losses
+    check_passes_are_kept(model, corrected, swapped[0])
+
+
+def fail_to_measure(model):
+    raise ValueError("no metric")
+
+
+class Stopping(list):
+    """Batches that end in Ctrl-C."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"train": "weights"}, ArgumentError),
+        ({"layers": ["nope"]}, ArgumentError),
+        ({"tensorboard": True}, ArgumentError),
+        ({"metric": fail_to_measure}, ValueError),
+        ({"metric": lambda model: -1.0}, KeyboardInterrupt),
+    ],
+    ids=["option", "layers", "no folder", "metric", "ctrl-c"],
+)
+def test_training_that_fails_before_a_better_step_leaves_the_passes(options, error, swapped, data):
+    model = copy.deepcopy(swapped[0])
+    images = data[0]
+    correct_and_reconstruct(model, images)
+    corrected = copy.deepcopy(model)
+    with pytest.raises(error):
+        finetune(model, Stopping([images[:8]] * 2), schedule=Schedule(steps=4), **options)
+    check_passes_are_kept(model, corrected, swapped[0])
 
 
 def test_kept_weights_are_not_in_the_state(swapped, data):

@@ -168,8 +168,10 @@ class QuantMixin(QuantInputMixin):
 
     @float_parameters.setter
     def float_parameters(self, values: Mapping[str, torch.Tensor | None]) -> None:
+        weight = self._parameters["weight"]
         for name, value in values.items():
-            self.register_buffer(f"_float_{name}", value, persistent=False)
+            moved = None if value is None else value.to(weight)  # the layer may have moved since
+            self.register_buffer(f"_float_{name}", moved, persistent=False)
 
     def restore_float(self) -> None:
         """Give the layer the kept weight and bias again; nothing if none are kept."""

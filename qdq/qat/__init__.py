@@ -39,6 +39,7 @@ from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import MakeOptimizer, Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
+from qdq.quantizer import TensorQuantizer, named_quantizers
 from qdq.run import require_seed
 from qdq.schedule import Schedule
 
@@ -138,7 +139,7 @@ def finetune(
     Args:
         model: A calibrated model, on its device. At the end it has the weights with the best metric, or the last ones.
             What the accuracy passes fitted is then part of the model and is not fitted again. If no step was better
-            than the start, the model is that of before the call, with its passes.
+            than the start, or none was taken, the model is that of before the call, with its passes.
         batches: The inputs of the model (see `forward.call_model`), a list or a DataLoader: every epoch iterates over
             it. The seed and the number of the epoch seed the random numbers that it shuffles with, and the `generator`
             of a DataLoader and of its samplers. If a sampler has `set_epoch(epoch)`, it is called.
@@ -206,16 +207,16 @@ def finetune(
             is_measured = metric is not None or held is not None
             _require_useful(options, teacher, distillation, is_measured)
             task = _Task(model, teacher, loss, distillation, metric)
-            start = Snapshot(model)
+            start = _Start(model)
+            exits.callback(start.restore_if_best)  # after the trainer has ended
             trainer, record = _prepare(task, batches, held, options, exits)
+            start.record = record
         _require_alike(record.settings | {"folder": folder is not None})
         stopped, last_batch = _run(trainer, record, batches, options)
         best_step = record.finish()
         if last_batch is None:  # the run in the folder was finished before
             last_batch = next(iter(batches), None)
         trainer.finish()
-        if best_step == 0:
-            start.restore(model)  # its passes are still right
         tuning = Tuning(
             losses=tuple(record.losses),
             curve=tuple(record.curve),
@@ -261,6 +262,39 @@ class _Options:
             raise ArgumentError(
                 f"measure_every is {self.measure_every}; it must be 1 or more.", "leave it out."
             )
+
+
+class _Start:
+    """The model before training, with its accuracy passes.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        record: The record of its training; None before there is one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.record: Record | None = None
+        self._model = model
+        self._passes = Snapshot(model)
+        self._ranges: list[tuple[TensorQuantizer, torch.Tensor]] = []
+        for _, quantizer in named_quantizers(model):
+            if quantizer.amax is not None:
+                self._ranges.append((quantizer, quantizer.amax.clone()))
+
+    def restore_if_best(self) -> None:
+        """However training ended: if no step was better, give the model its ranges and passes again.
+
+        Its weights are those of the start then. Learned ranges have been rounded by their logarithm.
+        """
+        if self.record is not None:
+            self.record.restore_best()
+            if not self.record.is_at_start:
+                return
+        for quantizer, amax in self._ranges:
+            quantizer.amax = amax
+        self._passes.restore(self._model)
 
 
 @dataclass(frozen=True)

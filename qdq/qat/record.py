@@ -128,6 +128,14 @@ class Record:
                 best = measurement
         return best
 
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the best weights, or without measurements the present ones, are those of before the first step."""
+        best = self.best
+        if best is not None:
+            return best.step == 0
+        return self._trainer.step == 0 and self._trainer.intact
+
     def add_step(self, loss: float, epoch: tuple[int, int], seconds: float) -> None:
         """Record a finished step.
 

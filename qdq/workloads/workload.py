@@ -26,6 +26,8 @@ EVALUATION_SAMPLES = 500
 
 _EXAMPLE_SAMPLES = 2
 _MOST_HELD_OUT = 32  # of the calibration samples, to judge quantization on
+_MOST_HELD_OUT_OF_TRAINING = 128  # likewise, to judge the steps of fine-tuning on, too
+_HELD_OUT_PART = 4  # one of so many training samples is held out at most
 
 
 class Samples(Protocol):
@@ -168,17 +170,27 @@ class Workload:
 
     def hold_out(self) -> tuple[Samples, Samples]:
         """Calibration samples to fit on, and others to judge on; a single sample is both."""
+        return self._hold_out(self.num_held_out)
+
+    def split_training(self) -> tuple[TrainingSamples, Samples, Samples]:
+        """Batches to fine-tune on, calibration samples to fit passes on, and others to judge both on.
+
+        No photograph or other source of those that judge is among the others. They are up to 128, but at most half of
+        the calibration samples and a quarter of the training samples, and not fewer than `hold_out` holds out: the SQNR
+        of 32 samples can vary by more than the weights of two steps differ in. Crops are held out by photograph, as
+        `hold_out` does.
+        """
+        training = self.load_training()
+        half = self.calibration.num_samples // 2
+        part = training.num_samples // _HELD_OUT_PART
+        most = min(_MOST_HELD_OUT_OF_TRAINING, half, part)
+        fitted, held_out = self._hold_out(max(most, self.num_held_out))
+        return training.without_first(held_out.num_sources), fitted, held_out
+
+    def _hold_out(self, n: int) -> tuple[Samples, Samples]:
         if self.calibration.num_samples == 1:
             return self.calibration, self.calibration
-        return self.calibration.hold_out(self.num_held_out)
-
-    def split_training(self) -> tuple[TrainingSamples, Samples]:
-        """Batches to fine-tune on, and the calibration samples that are held out, to choose the best weights on.
-
-        No photograph or other source of these is among the batches.
-        """
-        _, held_out = self.hold_out()
-        return self.load_training().without_first(held_out.num_sources), held_out
+        return self.calibration.hold_out(n)
 
     @property
     def view(self) -> dict[str, Any]:

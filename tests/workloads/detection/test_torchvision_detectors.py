@@ -91,9 +91,10 @@ def test_a_workload_calibrates_and_evaluates_on_other_pictures(checkpoint):
     assert [len(batch) for batch in evaluation] == [2, 2, 1]
     assert evaluation[0].shape == (2, 3, SIZE, SIZE)
     assert workload.num_held_out == 2
-    training, held_out = workload.split_training()
-    assert held_out.pictures.indices == workload.calibration.pictures.indices
-    assert training.num_samples == 1996
+    training, fitted, held_out = workload.split_training()
+    indices = [*held_out.pictures.indices, *fitted.pictures.indices]
+    assert indices == [*workload.calibration.pictures.indices]
+    assert training.num_samples == 1998
     assert not {*training.pictures.indices} & {*held_out.pictures.indices}
     for image in torch.cat(calibration):
         assert not any(torch.equal(image, other) for other in torch.cat(evaluation))

@@ -127,9 +127,9 @@ def test_network_of_torchvision_with_a_checkpoint(tmp_path):
         assert workload.module(workload.example.inputs)["out"].shape == (2, 6, 96, 96)
     assert 0 <= workload.measure(workload.module)["mIoU"] < 1
     assert workload.num_held_out == 1
-    training, held_out = workload.split_training()
-    assert held_out.indices == workload.calibration.indices
-    assert training.num_samples == 1998
+    training, fitted, held_out = workload.split_training()
+    assert [*held_out.indices, *fitted.indices] == [*workload.calibration.indices]
+    assert training.num_samples == 1999
     assert not {*training.indices} & {*held_out.indices}
     with pytest.raises(ArgumentError, match="is measured by mean IoU"):
         load_workload(WorkloadOptions(MODEL, "random", metric="a.py:f"))
