@@ -193,7 +193,7 @@ class Snapshot:
         self._passes = list_passes(model)
         layers = _list_layers(model)
         self._layers = [(layer, _copy_parameters(layer)) for layer in layers]
-        self._float_parameters = {layer: layer.float_parameters for layer in layers}
+        self._float_parameters = {layer: layer.read_float() for layer in layers}
         self._calibrated_ranges = _list_ranges(model)
         self._ranges = _copy_ranges(quantizer for quantizer, _ in self._calibrated_ranges)
 
@@ -206,7 +206,7 @@ class Snapshot:
         for layer, parameters in self._layers:
             _put_back(layer, parameters)
             if layer in self._float_parameters:
-                layer.float_parameters = self._float_parameters[layer]
+                layer.replace_float(self._float_parameters[layer])
         for quantizer, amax in self._calibrated_ranges:
             quantizer.amax = amax
         keep_ranges(model, [quantizer for quantizer, _ in self._ranges])

@@ -192,8 +192,10 @@ def test_fine_tuning_in_two_processes_gives_what_one_gives(tmp_path, pictures, p
         json.loads((tmp_path / name / "tuning" / "tuning.json").read_text())
         for name in ("two", "one")
     )
-    # Batches of another size may sum in another order, and then values at ties round the other way.
-    assert two_processes["losses"] == pytest.approx(one_process["losses"], rel=1e-3)
+    # Batches of another size may sum in another order, and then values at ties round the other way: another number of
+    # threads alone changes the later losses by 2 %.
+    assert two_processes["losses"][0] == pytest.approx(one_process["losses"][0], rel=1e-3)
+    assert two_processes["losses"] == pytest.approx(one_process["losses"], rel=0.05)
     curves = [
         [point["metric"] for point in tuning["curve"]] for tuning in (two_processes, one_process)
     ]

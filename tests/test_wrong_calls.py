@@ -88,6 +88,7 @@ def calls_of(tmp_path, x):
         "apply_plan": lambda model: qdq.apply_plan(model, qdq.Plan({}), x),
         "Judge": lambda model: qdq.Judge(model, [x]),
         "recover_accuracy": lambda model: qdq.recover_accuracy(model, [x], judge),
+        "refit_passes": lambda model: qdq.refit_passes(model, [x], judge.conclude()),
         "save_references": lambda model: qdq.save_references(
             model, [x], tmp_path / "references.safetensors", tmp_path / "no.onnx"
         ),

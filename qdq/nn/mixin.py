@@ -161,13 +161,16 @@ class QuantMixin(QuantInputMixin):
             values = None if parameter is None else own_tensor(parameter.detach().clone())
             self.register_buffer(f"_float_{name}", values, persistent=False)
 
-    @property
-    def float_parameters(self) -> dict[str, torch.Tensor | None]:
-        """The kept weight and bias; None for a bias that the float layer does not have."""
+    def read_float(self) -> dict[str, torch.Tensor | None]:
+        """The kept weight and bias by name; None for a bias that the float layer does not have."""
         return {name: self._buffers[f"_float_{name}"] for name in _FLOAT_PARAMETERS}
 
-    @float_parameters.setter
-    def float_parameters(self, values: Mapping[str, torch.Tensor | None]) -> None:
+    def replace_float(self, values: Mapping[str, torch.Tensor | None]) -> None:
+        """Keep other values as weight and bias of the float layer; the present weight and bias do not change.
+
+        Args:
+            values: From `read_float`.
+        """
         weight = self._parameters["weight"]
         for name, value in values.items():
             moved = None if value is None else value.to(weight)  # the layer may have moved since
