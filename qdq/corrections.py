@@ -74,6 +74,20 @@ def record_pass(model: nn.Module, accuracy_pass: AccuracyPass) -> None:
     vars(model)[_ATTRIBUTE] = sorted(passes, key=lambda entry: entry.rank)
 
 
+def copy_ranges(quantizers: Iterable[TensorQuantizer]) -> list[_Range]:
+    """Copies of the present ranges.
+
+    Args:
+        quantizers: Quantizers that have a range.
+    """
+    ranges = []
+    for quantizer in quantizers:
+        amax = quantizer.amax
+        assert amax is not None  # noqa: S101
+        ranges.append((quantizer, own_tensor(amax)))
+    return ranges
+
+
 def keep_ranges(model: nn.Module, quantizers: Iterable[TensorQuantizer]) -> None:
     """Keep ranges as those of the calibration, before a pass changes them; only the first call counts.
 
@@ -83,7 +97,7 @@ def keep_ranges(model: nn.Module, quantizers: Iterable[TensorQuantizer]) -> None
     """
     ranges = _list_ranges(model)
     known = {quantizer for quantizer, _ in ranges}
-    ranges += _copy_ranges(quantizer for quantizer in quantizers if quantizer not in known)
+    ranges += copy_ranges(quantizer for quantizer in quantizers if quantizer not in known)
     vars(model)[_RANGES] = ranges
 
 
@@ -195,7 +209,7 @@ class Snapshot:
         self._layers = [(layer, _copy_parameters(layer)) for layer in layers]
         self._float_parameters = {layer: layer.read_float() for layer in layers}
         self._calibrated_ranges = _list_ranges(model)
-        self._ranges = _copy_ranges(quantizer for quantizer, _ in self._calibrated_ranges)
+        self._ranges = copy_ranges(quantizer for quantizer, _ in self._calibrated_ranges)
 
     def restore(self, model: nn.Module) -> None:
         """Give the layers that the passes changed these weights, biases and ranges again, and the model the passes.
@@ -273,16 +287,6 @@ def _list_layers(model: nn.Module) -> list[QuantMixin]:
 def _list_ranges(model: nn.Module) -> list[_Range]:
     """The quantizers whose range a pass has changed, with the range of the calibration."""
     return list(vars(model).get(_RANGES, []))
-
-
-def _copy_ranges(quantizers: Iterable[TensorQuantizer]) -> list[_Range]:
-    """The present ranges of quantizers that have one."""
-    ranges = []
-    for quantizer in quantizers:
-        amax = quantizer.amax
-        assert amax is not None  # noqa: S101
-        ranges.append((quantizer, own_tensor(amax)))
-    return ranges
 
 
 def _copy_parameters(layer: QuantMixin) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from qdq.batch import count_samples, require_batches, tensors_of
 from qdq.calibrate.collect import digest_tensors
-from qdq.corrections import Snapshot, forget_passes
+from qdq.corrections import Snapshot, copy_ranges, forget_passes
 from qdq.device import find_device, without_tf32
 from qdq.distributed import failing_together, find_rank, gather_bytes, joining_processes
 from qdq.errors import ArgumentError, ArgumentTypeError, StateError
@@ -39,7 +39,7 @@ from qdq.qat.ranges import require_ranges
 from qdq.qat.record import Measurement, Record
 from qdq.qat.trainer import MakeOptimizer, Trainer, copy_float, digest_weights
 from qdq.qat.watch import BadRange, Oscillation, find_bad_ranges
-from qdq.quantizer import TensorQuantizer, named_quantizers
+from qdq.quantizer import named_quantizers
 from qdq.run import require_seed
 from qdq.schedule import Schedule
 
@@ -278,10 +278,10 @@ class _Start:
         self.record: Record | None = None
         self._model = model
         self._passes = Snapshot(model)
-        self._ranges: list[tuple[TensorQuantizer, torch.Tensor]] = []
-        for _, quantizer in named_quantizers(model):
-            if quantizer.amax is not None:
-                self._ranges.append((quantizer, quantizer.amax.clone()))
+        quantizers = [quantizer for _, quantizer in named_quantizers(model)]
+        self._ranges = copy_ranges(
+            quantizer for quantizer in quantizers if quantizer.amax is not None
+        )
 
     def restore_if_best(self) -> None:
         """However training ended: if no step was better, give the model its ranges and passes again.
