@@ -25,7 +25,7 @@ _HOMES = {
     "bundle": ("BundleReport", "make_bundle"),
     "calibrate": ("Calibration", "calibrate_model", "solve_ranges"),
     "calibrate.collect": ("collect_statistics",),
-    "check": ("CheckReport", "check_onnx"),
+    "check": ("CHECKED_SAMPLES", "CheckReport", "check_onnx"),
     "check.rules": ("register_rule",),
     "distributed": ("shard_batches",),
     "errors": (

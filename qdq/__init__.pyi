@@ -28,6 +28,7 @@ from qdq.calibrate import Calibration as Calibration
 from qdq.calibrate import calibrate_model as calibrate_model
 from qdq.calibrate import solve_ranges as solve_ranges
 from qdq.calibrate.collect import collect_statistics as collect_statistics
+from qdq.check import CHECKED_SAMPLES as CHECKED_SAMPLES
 from qdq.check import CheckReport as CheckReport
 from qdq.check import check_onnx as check_onnx
 from qdq.check.rules import register_rule as register_rule

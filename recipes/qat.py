@@ -262,15 +262,18 @@ def qat(
     )
     outputs["ONNX"] = qdq.predict(exported.path, samples, **view)
     scores["ONNX"] = workload.measure(exported.path)
-    default_outputs = qdq.predict(exported.path, samples, session="default", **view)
+    checked = samples.subset(qdq.CHECKED_SAMPLES)
+    expected = qdq.predict(net, checked, **view)
+    found = qdq.predict(exported.path, checked, **view)
+    found_default = qdq.predict(exported.path, checked, session="default", **view)
     tie_floor_db = qdq.measure_tie_floor(
-        net, samples, expected=outputs[end], precision=exported.remainder, **view
+        net, checked, expected=expected, precision=exported.remainder, **view
     )
     check = qdq.check_onnx(
         exported.path,
-        expected=outputs[end],
-        found=outputs["ONNX"],
-        found_default=default_outputs,
+        expected=expected,
+        found=found,
+        found_default=found_default,
         tie_floor_db=tie_floor_db,
         gpu=built_for.gpu,
     )

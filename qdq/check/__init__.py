@@ -30,6 +30,9 @@ from qdq.metrics import Outputs
 from qdq.roofline import choose_sm
 from qdq.text import group_names, printable
 
+CHECKED_SAMPLES = 128
+"""On so many samples the recipes compare a file with torch and between sessions: six runs, too slow for all samples."""
+
 _SHOWN_NODES = 5
 _TORCH_PARITY = "QDQ190"
 _SESSION_PARITY = "QDQ191"
