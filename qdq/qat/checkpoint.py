@@ -22,6 +22,7 @@ from qdq.errors import DataError, ModelError
 from qdq.files import as_path, read_file, write_atomic
 from qdq.formats import FP8_BITS
 from qdq.forward import require_model
+from qdq.nn.width import ADDED_KEY, read_added, undoing_widths, widen_layer
 from qdq.quantize import from_log2
 from qdq.quantizer import named_quantizers
 from qdq.schema import digest_parts, parse_json
@@ -184,7 +185,8 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a model the weights, ranges and float layers that `save_tuned` or `finetune` wrote, in place.
 
-    A layer without a bias gets one if `correct_bias` had given it one. A quantizer that is int8 here and was FP8 there
+    A layer without a bias gets one if `correct_bias` had given it one, and a layer that `split_channels` had made wider
+    becomes as wide. A quantizer that is int8 here and was FP8 there
     becomes FP8, and the reverse, so a model in which `choose_formats` chose is loaded into one that is just swapped.
 
     Args:
@@ -205,10 +207,20 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     _require_same(present | changed, facts["quantizers"], path)
     quantizers = dict(named_quantizers(model))
     biases = _list_new_biases(model, tensors)
-    state = {**model.state_dict(), **biases}
-    for name in changed:
-        state.pop(f"{name}._amax", None)  # a range of the other format
-    _require_fit(state, tensors, list(quantizers), path)
+    widths = _list_new_widths(model, tensors)
+    names = {layer: name for name, layer in model.named_modules()}
+    with undoing_widths(layer for layer, _, _ in widths):
+        for layer, outputs, inputs in widths:
+            widen_layer(layer, outputs, inputs)
+        state = {**model.state_dict(), **biases}
+        for name in changed:
+            state.pop(f"{name}._amax", None)  # a range of the other format
+        widened = [f"{names[layer]}._weight_quantizer" for layer, _, _ in widths]
+        for name in widened:
+            state.pop(f"{name}._amax", None)  # ranges of fewer channels
+        _require_fit(state, tensors, list(quantizers), path)
+        for name in widened:
+            quantizers[name].set_format(quantizers[name].num_bits, quantizers[name].axis)
     for name, (num_bits, _, _, axis, leader) in changed.items():
         if leader == name:
             quantizers[name].set_format(8 if num_bits == 8 else FP8_BITS, axis)
@@ -232,6 +244,23 @@ def _list_new_biases(
         if attribute == "bias" and getattr(layers.get(layer), "bias", tensor) is None:
             biases[name] = tensor
     return biases
+
+
+def _list_new_widths(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> list[tuple[nn.Module, int, int]]:
+    """The layers that `split_channels` had made wider than they are here, and how many outputs and inputs they lack."""
+    widths = []
+    layers = dict(model.named_modules())
+    for name, added in tensors.items():
+        layer_name, _, key = name.rpartition(".")
+        if key != ADDED_KEY or layer_name not in layers:
+            continue
+        layer = layers[layer_name]
+        outputs, inputs = (added.cpu() - read_added(layer)).tolist()
+        if min(outputs, inputs) >= 0 < max(outputs, inputs):
+            widths.append((layer, outputs, inputs))
+    return widths
 
 
 def _require_fit(
