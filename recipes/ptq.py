@@ -15,7 +15,7 @@ import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_centering, check_layers
+from qdq.cli.refusals import check_centering, check_layers, choose_extra_macs
 from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
@@ -37,6 +37,7 @@ def ptq(
     analysis: AnalysisOptions = AnalysisOptions(),
     center: bool = False,
     accuracy: Literal["fast", "balanced", "best"] = "fast",
+    extra_macs: float | None = None,
     formats: str = "int8",
     target: tuple[str, ...] = (),
     precision: Literal["auto", "fp32", "fp16"] = "auto",
@@ -75,6 +76,8 @@ def ptq(
             also splits channels before calibration and rounds weights for their outputs (minutes), best also
             reconstructs blocks and fine-tunes weights without labels (many minutes). What does not help on held-out
             calibration samples after the analysis is undone.
+        extra_macs: How many multiplications the model may have more, as a share: balanced and best make layers wider
+            where split channels gain most. By default 0.05; 0 keeps the size of every layer.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
@@ -98,6 +101,7 @@ def ptq(
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
     check_centering(center, format_names)
+    split_macs = choose_extra_macs(extra_macs, format_names, accuracy)
     analysis_options = analysis.as_arguments()
     targets = choose_targets(
         target,
@@ -157,8 +161,11 @@ def ptq(
     folded = qdq.fold_batchnorm(net, workload.example)
     if center:
         qdq.center_inputs(net, calibration, exclude=exclude)
-    if accuracy != "fast" and "int8" in format_names:
-        qdq.split_channels(net, fitted.subset(32), exclude=exclude, **view)
+    splitting = None
+    if split_macs is not None:
+        splitting = qdq.split_channels(
+            net, fitted.subset(32), extra_macs=split_macs, exclude=exclude, **view
+        )
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
     rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 
@@ -277,6 +284,7 @@ def ptq(
             check=check,
             build=build,
             evaluation=evaluation,
+            splitting=splitting,
             steps=steps,
             formats=choice,
         )

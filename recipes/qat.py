@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_centering, check_layers, check_tuning
+from qdq.cli.refusals import check_centering, check_layers, check_tuning, choose_extra_macs
 from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
@@ -33,6 +33,7 @@ def qat(
     max_float_layers: NonNegativeInt = 0,
     center: bool = False,
     accuracy: Literal["fast", "balanced", "best"] = "fast",
+    extra_macs: float | None = None,
     formats: str = "int8",
     target: str | None = None,
     gpu: str | None = None,
@@ -78,6 +79,8 @@ def qat(
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway. Channels
             are always split if a layer may be int8.
+        extra_macs: How many multiplications the model may have more, as a share: layers become wider where split
+            channels gain most. By default 0.05; 0 keeps the size of every layer.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
@@ -108,6 +111,7 @@ def qat(
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
     check_centering(center, format_names)
+    split_macs = choose_extra_macs(extra_macs, format_names)
     (built_for,) = choose_targets(
         () if target is None else (target,),
         sm=sm,
@@ -165,8 +169,11 @@ def qat(
     folded = qdq.fold_batchnorm(net, workload.example)
     if center:
         qdq.center_inputs(net, calibration, exclude=exclude)
-    if "int8" in format_names:
-        qdq.split_channels(net, fitted.subset(32), exclude=exclude, **view)
+    splitting = None
+    if split_macs is not None:
+        splitting = qdq.split_channels(
+            net, fitted.subset(32), extra_macs=split_macs, exclude=exclude, **view
+        )
     swap_plan = qdq.swap_modules(net, workload.example, exclude=exclude, formats=format_names)
     rewired = qdq.rewire_operations(net, workload.example, exclude=exclude, formats=format_names)
 
@@ -302,6 +309,7 @@ def qat(
         check=check,
         build=build,
         evaluation=evaluation,
+        splitting=splitting,
         steps=steps,
         tuning=tuning,
         formats=choice,

@@ -602,6 +602,39 @@ def test_split_channels_reach_the_file(recipe, arguments, is_split, tmp_path):
     code, errors = run_recipe(recipe, [*arguments, "--output", run], tmp_path)
     assert code == 0, errors
     assert ("1 of 4 paths have channels split" in (run / "run.log").read_text()) is is_split
+    assert ("Split channels\n" in (run / "report.txt").read_text()) is is_split
+    assert ('id="splitting"' in (run / "report.html").read_text()) is is_split
+    assert diverge_run(run).divergence.first is None
+
+
+@pytest.mark.trt
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "channels"),
+    [
+        (RECIPE, ["--accuracy", "balanced", "--extra-macs", "1"], 32),
+        (RECIPE, ["--accuracy", "balanced"], 16),  # 5 % more MACs are too few
+        (TUNING, ["--steps", "2", "--extra-macs", "1"], 32),
+        (TUNING, ["--steps", "2"], 16),
+    ],
+)
+def test_wider_layers_reach_the_file(recipe, arguments, channels, tmp_path):
+    from qdq.diverge.of_run import diverge_run
+
+    net, run = tmp_path / "net.py", tmp_path / "run"
+    net.write_text(CLAMPED)
+    arguments = [*arguments, "--model", f"{net}:build", "--data", f"{net}:batches"]
+    arguments += ["--calib-batches", "2", "--eval-images", "4", "--max-float-layers", "0"]
+    code, errors = run_recipe(recipe, [*arguments, "--output", run], tmp_path)
+    assert code == 0, errors
+    graph = onnx.load(run / "model.onnx").graph
+    shapes = [list(tensor.dims) for tensor in graph.initializer]
+    assert [channels, 16, 1, 1] in shapes and [16, channels, 3, 3] in shapes
+    report = json.loads((run / "report.json").read_text())
+    paths = {path["layers"][0]: path for path in report["splitting"]["paths"]}
+    assert paths["2"]["added"] == channels - 16
+    assert (report["splitting"]["extra_macs"] > 0) is (channels > 16)
+    assert report["summary"]["census"]["Int8"]["missing"] == []
     assert diverge_run(run).divergence.first is None
 
 

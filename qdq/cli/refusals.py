@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from qdq.schedule import Schedule
     from qdq.workloads.workload import Workload
 
+# The four layers that the default leaves in float have more, and they cost twice as much or more there.
+_EXTRA_MACS = 0.05
+
 
 def check_layers(
     workload: Workload,
@@ -204,6 +207,40 @@ def check_centering(center: bool, formats: Sequence[str]) -> None:
             "--center is given, and --formats has fp8: most values behind a ReLU6 are near 0, where FP8 is most exact.",
             "leave --center out, or use --formats int8.",
         )
+
+
+def choose_extra_macs(
+    extra_macs: float | None, formats: Sequence[str], accuracy: str | None = None
+) -> float | None:
+    """How many MACs the model may have more for split channels; None if channels are not split.
+
+    Args:
+        extra_macs: As for --extra-macs.
+        formats: As for `swap_modules`; only int8 gains by splitting.
+        accuracy: As for --accuracy, where "fast" does not split; None if every accuracy splits.
+
+    Raises:
+        ArgumentError: The option is given, and channels are not split; it is NaN or above 1.
+    """
+    reason = ""
+    if INT8 not in formats:
+        reason = f"--formats is {','.join(formats)}: only channels for int8 are split"
+    elif accuracy == "fast":
+        reason = "--accuracy is fast, which splits no channels"
+    if reason:
+        if extra_macs is not None:
+            raise ArgumentError(
+                f"--extra-macs is given, and {reason}.", "leave --extra-macs out, or change that."
+            )
+        return None
+    if extra_macs is None:
+        return _EXTRA_MACS
+    if not 0 <= extra_macs <= 1:
+        raise ArgumentError(
+            f"--extra-macs is {extra_macs}; expected a share of the MACs of the model, 0 to 1.",
+            f"pass {_EXTRA_MACS} for {_EXTRA_MACS:.0%}, or 0 to keep the size of every layer.",
+        )
+    return extra_macs
 
 
 def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:

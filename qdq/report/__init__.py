@@ -20,6 +20,7 @@ from qdq.text import MOST_CHARACTERS, make_printable, printable
 if TYPE_CHECKING:
     from torch import nn
 
+    from qdq.accuracy.splitting import Splitting
     from qdq.analyze import Analysis
     from qdq.build import BuildReport
     from qdq.calibrate import Range
@@ -131,6 +132,7 @@ class _StageResults:
     build: BuildReport
     evaluation: Evaluation
     tuning: TuningResult | None
+    splitting: Splitting | None
     steps: JudgedSteps | None
     formats: FormatChoice | None
 
@@ -149,6 +151,7 @@ def write_report(
     evaluation: Evaluation,
     *,
     tuning: TuningResult | None = None,
+    splitting: Splitting | None = None,
     steps: JudgedSteps | None = None,
     formats: FormatChoice | None = None,
 ) -> Report:
@@ -169,6 +172,7 @@ def write_report(
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, if there was any.
+        splitting: From `split_channels`, if channels were split.
         steps: From `recover_accuracy`: what every step was worth.
         formats: From `choose_formats`, if formats were chosen.
     """
@@ -184,6 +188,7 @@ def write_report(
         build=build,
         evaluation=evaluation,
         tuning=tuning,
+        splitting=splitting,
         steps=steps,
         formats=formats,
     )
@@ -237,6 +242,9 @@ def _collect_sections(
     tuning = None
     if results.tuning is not None:
         tuning = {**to_jsonable(results.tuning), "text": results.tuning.format_table()}
+    splitting = None
+    if results.splitting is not None:
+        splitting = {**to_jsonable(results.splitting), "text": results.splitting.format_table()}
     target = None
     if run.target:
         target = {"name": run.target, "sm": find_target_sm(run.target)}
@@ -253,6 +261,7 @@ def _collect_sections(
         "analysis": results.analysis,
         "steps": results.steps,
         "fold": results.folded,
+        "splitting": splitting,
         "swap": results.plan,
         "rewire": results.rewired,
         "tuning": tuning,
@@ -345,6 +354,10 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
     blocks = {
         "Model": sections["model"],
         "Data": _join_lines(f"{title}: {data[title]}" for title in titles_of_data),
+    }
+    if printable_results.splitting is not None:
+        blocks["Split channels"] = printable_results.splitting.format_table()
+    blocks |= {
         "Layers": printable_results.plan.format_table(),
         "Functions": printable_results.rewired.format_table(),
     }

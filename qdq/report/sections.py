@@ -296,6 +296,27 @@ class JudgedSteps(TypedDict):
     notes: list[str]
 
 
+class SplitPath(TypedDict):
+    """A path along which channels may be split."""
+
+    layers: list[str]
+    channels: Count
+    free: Count
+    added: Count
+    copied: list[Count]
+    predicted_db: float | None
+    reason: str
+
+
+class Splitting(TypedDict):
+    """The section `splitting`."""
+
+    paths: list[SplitPath]
+    float_db: float | None
+    extra_macs: Size
+    text: str
+
+
 class StoredSections(TypedDict):
     """All sections of a report."""
 
@@ -310,6 +331,7 @@ class StoredSections(TypedDict):
     formats: NotRequired[Formats | None]
     analysis: Analysis
     fold: list[FoldedPair]
+    splitting: NotRequired[Splitting | None]
     swap: Swap
     rewire: Rewire
     steps: NotRequired[JudgedSteps | None]
