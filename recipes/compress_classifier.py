@@ -86,7 +86,6 @@ logger = logging.getLogger("qdq.compress_classifier")
 
 PACKAGED = "efficientnet_lite0"
 DEFAULT_PORTION = 0.05  # of the calibration images
-PARITY_IMAGES = 128
 SCALES = ("output_scale", "output_zero_point", "w_scale", "w_zero_point")
 JOURNAL_FILE = "lapq_journal.jsonl"  # in the folder of all runs: the next run continues from it
 TRAINING_FOLDER = "training"
@@ -476,7 +475,7 @@ def export_engine(
     file = options.file
     assert file is not None  # noqa: S101  # the caller has asked
     backend = choose_builder(options, find_device(model))
-    images = sets.test.subset(PARITY_IMAGES)
+    images = sets.test.subset(qdq.CHECKED_SAMPLES)
     logits = {"emulation": qdq.predict(model, images)}
 
     fold_simulated_batchnorm(model)
