@@ -37,6 +37,9 @@ from qdq.swap import SwapPlan
 INT8_STEPS = 127
 """The codes between 0 and the end of a range."""
 
+LEAST_FLOAT_DB = 60.0
+"""What the float outputs must keep: they change by a thousandth at most. The noise of int8 is at 15 to 30 dB."""
+
 # Of the contribution of an ordinary channel, which rounding to float32 changes by a tenth of that.
 _NEGLIGIBLE = 1e-6
 _TINY = torch.finfo(torch.float64).tiny
@@ -113,6 +116,7 @@ class ChannelPath:
         links: The layers after it, in order; the last one reads all channels.
         reason: Why the path must stay unchanged, "" if channels may be split.
         added: By how many channels it was made wider.
+        least_share: Of its noise, what the added channels must take away to be worth their multiplications.
         refusal: Why it was not made wider, or not more; "" if that was not asked.
     """
 
@@ -121,6 +125,7 @@ class ChannelPath:
     links: list[Link] = field(default_factory=list)
     reason: str = ""
     added: int = 0
+    least_share: float = 0.0
     refusal: str = ""
 
     @property
@@ -332,6 +337,9 @@ def find_free(path: ChannelPath) -> dict[int, float]:
         return {}
     is_free = moves <= _NEGLIGIBLE * moving.median()
     if path.reader.bias is None:
+        constants[columns_of(path.reader).abs().sum((0, 2)) == 0] = (
+            0.0  # the reader does not see them
+        )
         is_free &= constants == 0
     return {int(channel): float(constants[channel]) for channel in is_free.nonzero()}
 

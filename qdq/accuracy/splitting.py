@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from qdq.accuracy.channel_paths import (
+    LEAST_FLOAT_DB,
     ChannelPath,
     Copy,
     columns_of,
@@ -35,20 +36,18 @@ from qdq.accuracy.channel_paths import (
 )
 from qdq.accuracy.float_layers import list_unchanged, require_float_model, undoing_changes
 from qdq.accuracy.layerwise import list_decibels
-from qdq.accuracy.widening import drop_channels, widen_paths
+from qdq.accuracy.widening import WIDTH_MULTIPLE, MacCounter, drop_channels, widen_paths
 from qdq.batch import list_filled_batches
 from qdq.device import without_tf32
-from qdq.errors import ArgumentError
+from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.forward import require_model
 from qdq.nn.width import undoing_widths
 from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
 from qdq.swap import plan_swap
-from qdq.work import Work, trace_work
+from qdq.work import trace_work
 
 logger = logging.getLogger(__name__)
-
-_LEAST_FLOAT_DB = 60.0  # a thousandth of the outputs; the noise of int8 is at 15 to 30 dB
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def split_channels(
         model: A float model.
         batches: As for `calibrate_model`.
         extra_macs: How many MACs the model may have more, as a share of those that it has: 0.05 for 5 %. With 0, no
-            layer gets another size. Layers become wider only where that lowers the noise of all inputs by 1 %.
+            layer gets another size. Layers become wider only where that lowers the noise of the outputs by 1 %.
         include: As for `swap_modules`: the inputs of layers that it would leave in float have no rounding.
         exclude: Likewise.
         outputs: Parts of the outputs that must not change, as for `predictor.predict`; None for all.
@@ -143,7 +142,7 @@ def split_channels(
 
     Raises:
         ArgumentError: Outputs that do not exist, or `extra_macs` below 0.
-        ArgumentTypeError: One tensor or dictionary instead of batches.
+        ArgumentTypeError: One tensor or dictionary instead of batches, or `extra_macs` is no number.
         DataError: No batch with samples, or the mask fits no output.
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
@@ -164,11 +163,12 @@ def split_channels(
         if not path.reason and not path.is_observed:
             path.reason = "its tensors are empty in the batches"
     open_paths = [path for path in paths if not path.reason]
+    counter = MacCounter(open_paths, work)
     layers = _list_layers(open_paths)
     with undoing_changes(layers), undoing_widths(layers):
         if extra_macs:
             rounded = [model.get_submodule(module.name) for module in plan.of("quantize")]
-            widen_paths(open_paths, rounded, compare, work, extra_macs)
+            widen_paths(open_paths, rounded, compare, counter, extra_macs)
         splits = [_Split(path) for path in open_paths]
         for split in splits:
             split.choose()
@@ -179,8 +179,7 @@ def split_channels(
     for path in paths:
         split = chosen.get(path.name, _Split(path))
         results.append(split.result)
-    macs_added = sum(_count_added_macs(path, work) for path in open_paths)
-    result = Splitting(tuple(results), float_db, macs_added / max(work.total, 1))
+    result = Splitting(tuple(results), float_db, counter.share_added)
     logger.info("%s", result.format_table())
     return result
 
@@ -190,18 +189,18 @@ def _require_share(extra_macs: float) -> None:
 
     Raises:
         ArgumentError: It is below 0, NaN or infinite.
+        ArgumentTypeError: It is no number.
     """
+    if isinstance(extra_macs, bool) or not isinstance(extra_macs, int | float):
+        raise ArgumentTypeError(
+            f"extra_macs is of type {type(extra_macs).__name__}; expected a share of the MACs.",
+            "pass 0.05 for 5 %.",
+        )
     if not isfinite(extra_macs) or extra_macs < 0:
         raise ArgumentError(
             f"extra_macs is {extra_macs}; expected a share of the MACs, such as 0.05 for 5 %.",
             "pass 0 to keep the size of every layer.",
         )
-
-
-def _count_added_macs(path: ChannelPath, work: Work) -> float:
-    """The MACs of the channels that were added to a path."""
-    macs = sum(work.macs.get(name, 0) for name in path.names)
-    return macs * path.added / (path.num_channels - path.added)
 
 
 def _apply(splits: list[_Split], compare: Callable[[], float]) -> float:
@@ -220,7 +219,7 @@ def _apply(splits: list[_Split], compare: Callable[[], float]) -> float:
         for split in splits:
             split.apply()
         float_db = compare()
-        if float_db >= _LEAST_FLOAT_DB:
+        if float_db >= LEAST_FLOAT_DB:
             return float_db
         undo()
 
@@ -248,12 +247,10 @@ def _apply_alone(split: _Split, compare: Callable[[], float]) -> float:
         with undoing_changes(path.layers) as undo:
             split.apply()
             moved_db = compare()
-            if moved_db >= _LEAST_FLOAT_DB:
+            if moved_db >= LEAST_FLOAT_DB:
                 return moved_db
             undo()
-        split.copies = split.copies[: len(split.copies) // 2]
-        if path.added and len(split.copies) <= split.free:
-            drop_channels(path, path.added)
+        split.reduce(len(split.copies) // 2)
         if not split.copies:
             path.reason = f"undone: it changed the float outputs, SQNR {moved_db:.1f} dB"
             return moved_db
@@ -301,14 +298,33 @@ class _Split:
         path = self.path
         self.constants = find_free(path)
         self.free = len(self.constants) - path.added
+        self.copies = list(islice(rank_copies(path, self.constants), len(self.constants)))
+        if self.copies:
+            return
+        path.reason = "no copy lowers the noise enough"
         if not self.constants:
             path.reason = "no channel is free"
             if path.refusal:
                 path.reason += f"; {path.refusal}"
-            return
-        self.copies = list(islice(rank_copies(path, self.constants), len(self.constants)))
-        if not self.copies:
-            path.reason = "no copy lowers the noise enough"
+        self.reduce(0)
+
+    def reduce(self, number: int) -> None:
+        """Do without the copies that lower the noise least, and without added channels that are then not worth it.
+
+        Args:
+            number: How many copies stay at most.
+        """
+        path = self.path
+        self.copies = self.copies[:number]
+        gained = sum(copy.share for copy in self.copies[self.free :])
+        if gained <= path.least_share:
+            self.copies = self.copies[: self.free]
+        needed = max(0, len(self.copies) - self.free)
+        unused = path.added - needed
+        if needed:
+            unused -= unused % WIDTH_MULTIPLE
+        if unused:
+            drop_channels(path, unused)
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import isinf
+from math import inf, isinf
 from typing import Any
 
 import torch
@@ -22,17 +22,62 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import Linear
 from tqdm import tqdm
 
-from qdq.accuracy.channel_paths import INT8_STEPS, ChannelPath, find_free, rank_copies
+from qdq.accuracy.channel_paths import (
+    INT8_STEPS,
+    LEAST_FLOAT_DB,
+    ChannelPath,
+    find_free,
+    rank_copies,
+)
+from qdq.nn.scaling import change_input
 from qdq.nn.width import narrow_layer, widen_layer
 from qdq.text import printable
 from qdq.work import Work
 
-_MULTIPLE = 16
+WIDTH_MULTIPLE = 16
+"""Wider layers have a multiple of so many channels."""
+
 _LEAST_SHARE = 0.01  # of the noise of all tensors, by which a width must lower it
-_LEAST_FLOAT_DB = 60.0  # channels of zeros change nothing but the order of sums
 
 Compare = Callable[[], float]
 """Runs the model and returns the SQNR of its outputs against those of the float model, in dB."""
+
+
+class MacCounter:
+    """MACs of the layers of paths, also after their sizes have changed.
+
+    Args:
+        paths: The paths, before they change.
+        work: The MACs of the model, before it changes.
+    """
+
+    def __init__(self, paths: Iterable[ChannelPath], work: Work) -> None:
+        self._layers: dict[str, Any] = {}
+        for path in paths:
+            self._layers.update(zip(path.names, path.layers, strict=True))
+        self._total = max(work.total, 1)
+        self._macs_of_weight = {}
+        for name, layer in self._layers.items():
+            self._macs_of_weight[name] = work.macs.get(name, 0) / max(layer.weight.numel(), 1)
+        self._before = self._count()
+
+    def share_of_channel(self, path: ChannelPath) -> float:
+        """MACs of one channel of a path in its present layers, as a share of those of the model before."""
+        macs = 0.0
+        for name, layer in zip(path.names, path.layers, strict=True):
+            macs += self._macs_of_weight[name] * layer.weight.numel() / path.num_channels
+        return macs / self._total
+
+    @property
+    def share_added(self) -> float:
+        """How many MACs the model has more, as a share of those before."""
+        return (self._count() - self._before) / self._total
+
+    def _count(self) -> float:
+        macs = 0.0
+        for name, layer in self._layers.items():
+            macs += self._macs_of_weight[name] * layer.weight.numel()
+        return macs
 
 
 @dataclass
@@ -42,19 +87,17 @@ class _Candidate:
     Args:
         path: The path.
         shares: How much of the noise of the path each copy takes away that finds no free channel, 0..1, falling.
-        macs: MACs of one channel, as a share of those of the model.
-        noise: What the path adds to the outputs, as a ratio of squares.
+        noise: What the path adds to the outputs, as a ratio of squares; infinite if it cannot be measured.
     """
 
     path: ChannelPath
     shares: list[float]
-    macs: float
     noise: float
 
     @property
     def number(self) -> int:
         """How many channels the next width has more."""
-        return _MULTIPLE - self.path.num_channels % _MULTIPLE
+        return WIDTH_MULTIPLE - self.path.num_channels % WIDTH_MULTIPLE
 
     @property
     def gain(self) -> float:
@@ -62,17 +105,12 @@ class _Candidate:
         added = self.path.added
         return self.noise * sum(self.shares[added : added + self.number])
 
-    @property
-    def cost(self) -> float:
-        """MACs of the next width beyond those of the present one, as a share of those of the model."""
-        return self.macs * self.number
-
 
 def widen_paths(
     paths: Iterable[ChannelPath],
     layers: Iterable[nn.Module],
     compare: Compare,
-    work: Work,
+    counter: MacCounter,
     extra_macs: float,
 ) -> None:
     """Add channels that carry nothing to the paths where copies gain most, in place.
@@ -83,7 +121,7 @@ def widen_paths(
         paths: Those that may be split; their tensors were observed.
         layers: All layers whose inputs will be rounded.
         compare: See `Compare`.
-        work: MACs of the float model.
+        counter: Of the paths.
         extra_macs: How many MACs the model may have more, as a share of those that it has.
     """
     noise_of_all = _measure_noise(layers, compare)
@@ -94,45 +132,48 @@ def widen_paths(
         if not shares:
             continue
         noise = _measure_noise([link.layer for link in path.links if link.is_rounded], compare)
-        macs = sum(work.macs.get(name, 0) for name in path.names) / max(work.total, 1)
-        candidates.append(_Candidate(path, shares, macs / path.num_channels, noise))
+        candidates.append(_Candidate(path, shares, noise))
 
     least = _LEAST_SHARE * noise_of_all
     while True:
         affordable = []
         for candidate in candidates:
-            candidate.path.refusal = _refuse(candidate, least, extra_macs)
-            if not candidate.path.refusal:
-                affordable.append(candidate)
+            path = candidate.path
+            cost = candidate.number * counter.share_of_channel(path)
+            path.refusal = _refuse(candidate, cost, least, extra_macs - counter.share_added)
+            if not path.refusal:
+                affordable.append((candidate.gain / cost, candidate))
         if not affordable:
             return
-        best = max(affordable, key=lambda candidate: candidate.gain / candidate.macs)
-        extra_macs -= best.cost
+        _, best = max(affordable, key=lambda entry: entry[0])
         fault = _widen(best.path, best.number, compare)
         if fault:
-            extra_macs += best.cost
             candidates.remove(best)
             best.path.refusal = fault
+        else:
+            best.path.least_share = least / best.noise
 
 
-def _refuse(candidate: _Candidate, least: float, extra_macs: float) -> str:
+def _refuse(candidate: _Candidate, cost: float, least: float, rest: float) -> str:
     """Why a path does not get its next width, "" if it may.
 
     Args:
         candidate: The path.
+        cost: MACs of the width beyond those of the present one, as a share of those of the model.
         least: The smallest gain that is worth a width.
-        extra_macs: The MACs that are left, as a share of those of the model.
+        rest: The MACs that are left, as such a share.
     """
     number = f"{candidate.number} more"
-    if isinf(least):
-        return f"{number} were not tried: the number of outputs depends on the rounding"
+    if isinf(least) or isinf(candidate.noise):
+        return f"{number} were not tried: the outputs with rounded inputs cannot be compared"
     if not candidate.gain > least:
-        return f"{number} would lower the noise of the outputs by less than {_LEAST_SHARE:.0%}"
-    if not 0 < candidate.cost <= extra_macs:
         return (
-            f"{number} would take {100 * candidate.cost:.1f} % more MACs, and "
-            f"{100 * extra_macs:.1f} % are left"
+            f"{number} would lower the noise of the outputs by less than {100 * _LEAST_SHARE:.0f} %"
         )
+    if not cost:
+        return f"{number} were not tried: their MACs are unknown"
+    if cost > rest:
+        return f"{number} would take {100 * cost:.1f} % more MACs, and {100 * rest:.1f} % are left"
     return ""
 
 
@@ -154,7 +195,7 @@ def _widen(path: ChannelPath, number: int, compare: Compare) -> str:
     except Exception as error:  # the code of a layer may raise anything
         fault = f"{number} more cannot run: {printable(error, 80)}"
     else:
-        if float_db >= _LEAST_FLOAT_DB:
+        if float_db >= LEAST_FLOAT_DB:
             return ""
         fault = f"{number} more changed the float outputs, SQNR {float_db:.1f} dB"
     drop_channels(path, number)
@@ -204,24 +245,29 @@ def _measure_noise(layers: Iterable[nn.Module], compare: Compare) -> float:
     Args:
         layers: Convolutions and linear layers; others are left as they are.
         compare: See `Compare`.
+
+    Returns:
+        The noise; infinite if the outputs cannot be compared, because rounding changes their number, makes them
+        infinite or ends in an error.
     """
     with ExitStack() as hooks:
         for layer in layers:
             if isinstance(layer, _ConvNd | Linear):
                 handle = layer.register_forward_pre_hook(_round_input, with_kwargs=True)
                 hooks.callback(handle.remove)
-        return float(10 ** (-compare() / 10))
+        try:
+            decibels = compare()
+        except Exception:  # the code of a model may raise anything
+            return inf
+    return float(10 ** (-decibels / 10))
 
 
 def _round_input(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Round the first argument to int8, whose largest value in the batch is the end of the range."""
-    if args:
-        return (_round(args[0]), *args[1:]), kwargs
-    name, values = next(iter(kwargs.items()))
-    return args, {**kwargs, name: _round(values)}
+    return change_input(args, kwargs, _round)
 
 
 def _round(values: torch.Tensor) -> torch.Tensor:
+    """Round to int8, whose range ends at the largest value."""
     if not values.numel():  # such as a head without proposals
         return values
     step = values.abs().max().clamp_min(torch.finfo(values.dtype).tiny) / INT8_STEPS

@@ -114,20 +114,26 @@ def _multiply_input(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     factors = getattr(layer, _FACTORS)
-    return _change_input(args, kwargs, lambda x: x * factors)
+    return change_input(args, kwargs, lambda x: x * factors)
 
 
 def _subtract_offset(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     offset = getattr(layer, OFFSET_KEY)
-    return _change_input(args, kwargs, lambda x: x - offset)
+    return change_input(args, kwargs, lambda x: x - offset)
 
 
-def _change_input(
+def change_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with the input changed; it is the first argument, by position or by name."""
+    """The arguments of a call with the input changed; it is the first argument, by position or by name.
+
+    Args:
+        args: The arguments by position.
+        kwargs: The arguments by name.
+        change: What is done to the input.
+    """
     if args:
         return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from qdq.quantize import own_tensor
+
 ADDED_KEY = "added_channels"
 """The buffer of a layer that is wider: how many outputs and inputs were added, int64 `[2]`."""
 
 _SIZES = ("out_channels", "in_channels", "groups", "out_features", "in_features")
 
 
-@torch.no_grad()
 def widen_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
     """Add channels behind those of a layer, with weights and biases of 0, in place.
+
+    The parameters are new ones: an optimizer that has the former ones does not see them.
 
     Args:
         layer: A convolution or linear layer; one with groups has a filter for each channel.
@@ -26,16 +29,15 @@ def widen_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
         inputs: Number of input channels to add; of a layer with groups the same.
     """
     wider: Any = layer
-    wider.weight.data = _append_zeros(wider.weight, 0, outputs)
+    weight = _append_zeros(wider.weight, 0, outputs)
     if not _has_groups(layer):
-        wider.weight.data = _append_zeros(wider.weight, 1, inputs)
+        weight = _append_zeros(weight, 1, inputs)
+    _replace(layer, "weight", weight)
     if wider.bias is not None:
-        wider.bias.data = _append_zeros(wider.bias, 0, outputs)
-    layer.zero_grad()  # gradients of the former size
+        _replace(layer, "bias", _append_zeros(wider.bias, 0, outputs))
     _count(layer, outputs, inputs)
 
 
-@torch.no_grad()
 def narrow_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
     """Take back the last channels that `widen_layer` added, in place.
 
@@ -45,12 +47,12 @@ def narrow_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
         inputs: Number of input channels to take back.
     """
     narrower: Any = layer
-    narrower.weight.data = _drop_last(narrower.weight, 0, outputs)
+    weight = _drop_last(narrower.weight, 0, outputs)
     if not _has_groups(layer):
-        narrower.weight.data = _drop_last(narrower.weight, 1, inputs)
+        weight = _drop_last(weight, 1, inputs)
+    _replace(layer, "weight", weight)
     if narrower.bias is not None:
-        narrower.bias.data = _drop_last(narrower.bias, 0, outputs)
-    layer.zero_grad()
+        _replace(layer, "bias", _drop_last(narrower.bias, 0, outputs))
     _count(layer, -outputs, -inputs)
 
 
@@ -61,7 +63,7 @@ def read_added(layer: nn.Module) -> torch.Tensor:
         layer: Any module.
     """
     added = layer._buffers.get(ADDED_KEY)
-    return torch.zeros(2, dtype=torch.int64) if added is None else added.cpu()
+    return _count_of(0, 0) if added is None else added.cpu()
 
 
 @contextmanager
@@ -74,16 +76,14 @@ def undoing_widths(layers: Iterable[nn.Module]) -> Iterator[None]:
     former = []
     for layer in layers:
         sizes = {name: getattr(layer, name) for name in _SIZES if hasattr(layer, name)}
-        parameters = [(parameter, parameter.data) for parameter in layer.parameters(recurse=False)]
-        former.append((layer, sizes, parameters, layer._buffers.get(ADDED_KEY)))
+        former.append((layer, sizes, dict(layer._parameters), layer._buffers.get(ADDED_KEY)))
     try:
         yield
     except BaseException:
         for layer, sizes, parameters, added in former:
             for name, size in sizes.items():
                 setattr(layer, name, size)
-            for parameter, values in parameters:
-                parameter.data = values
+            layer._parameters.update(parameters)
             layer._buffers.pop(ADDED_KEY, None)
             if added is not None:
                 layer.register_buffer(ADDED_KEY, added)
@@ -97,11 +97,17 @@ def _has_groups(layer: Any) -> bool:
 def _append_zeros(tensor: torch.Tensor, dim: int, number: int) -> torch.Tensor:
     shape = list(tensor.shape)
     shape[dim] = number
-    return torch.cat([tensor.detach(), tensor.new_zeros(shape)], dim)
+    return torch.cat([tensor.detach(), tensor.detach().new_zeros(shape)], dim)
 
 
 def _drop_last(tensor: torch.Tensor, dim: int, number: int) -> torch.Tensor:
-    return tensor.detach().narrow(dim, 0, tensor.shape[dim] - number).clone()
+    return tensor.detach().narrow(dim, 0, tensor.shape[dim] - number)
+
+
+def _replace(layer: nn.Module, name: str, values: torch.Tensor) -> None:
+    """Give a layer a new parameter: one that changes its shape would not fit graphs that autograd still holds."""
+    former = getattr(layer, name)
+    setattr(layer, name, nn.Parameter(own_tensor(values), requires_grad=former.requires_grad))
 
 
 def _count(layer: Any, outputs: int, inputs: int) -> None:
@@ -120,7 +126,11 @@ def _count(layer: Any, outputs: int, inputs: int) -> None:
     else:
         layer.out_features += outputs
         layer.in_features += inputs
-    added = read_added(layer) + torch.tensor([outputs, inputs])
+    added = read_added(layer) + _count_of(outputs, inputs)
     layer._buffers.pop(ADDED_KEY, None)
     if added.any():
-        layer.register_buffer(ADDED_KEY, added.to(layer.weight.device))
+        layer.register_buffer(ADDED_KEY, own_tensor(added.to(layer.weight.device)))
+
+
+def _count_of(outputs: int, inputs: int) -> torch.Tensor:
+    return torch.tensor([outputs, inputs], dtype=torch.int64, device="cpu")

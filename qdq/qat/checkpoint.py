@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import Linear
 
 from qdq.calibrate.collect import bytes_of, format_of
 from qdq.device import find_device
@@ -186,8 +188,8 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a model the weights, ranges and float layers that `save_tuned` or `finetune` wrote, in place.
 
     A layer without a bias gets one if `correct_bias` had given it one, and a layer that `split_channels` had made wider
-    becomes as wide. A quantizer that is int8 here and was FP8 there
-    becomes FP8, and the reverse, so a model in which `choose_formats` chose is loaded into one that is just swapped.
+    becomes as wide. A quantizer that is int8 here and was FP8 there becomes FP8, and the reverse, so a model in which
+    `choose_formats` chose is loaded into one that is just swapped.
 
     Args:
         model: The model, folded, swapped and rewired as before fine-tuning; it need not be calibrated.
@@ -215,7 +217,8 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
         state = {**model.state_dict(), **biases}
         for name in changed:
             state.pop(f"{name}._amax", None)  # a range of the other format
-        widened = [f"{names[layer]}._weight_quantizer" for layer, _, _ in widths]
+        widened = {f"{names[layer]}._weight_quantizer" for layer, _, _ in widths}
+        widened &= quantizers.keys()  # a layer may be in float
         for name in widened:
             state.pop(f"{name}._amax", None)  # ranges of fewer channels
         _require_fit(state, tensors, list(quantizers), path)
@@ -250,13 +253,15 @@ def _list_new_widths(
     model: nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> list[tuple[nn.Module, int, int]]:
     """The layers that `split_channels` had made wider than they are here, and how many outputs and inputs they lack."""
-    widths = []
+    widths: list[tuple[nn.Module, int, int]] = []
     layers = dict(model.named_modules())
     for name, added in tensors.items():
         layer_name, _, key = name.rpartition(".")
         if key != ADDED_KEY or layer_name not in layers:
             continue
         layer = layers[layer_name]
+        if not isinstance(layer, _ConvNd | Linear):
+            continue
         outputs, inputs = (added.cpu() - read_added(layer)).tolist()
         if min(outputs, inputs) >= 0 < max(outputs, inputs):
             widths.append((layer, outputs, inputs))

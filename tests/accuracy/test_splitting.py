@@ -258,7 +258,7 @@ def test_a_centered_input_has_half_of_the_step(number):
 def test_a_change_of_the_float_model_is_undone(net, images, monkeypatch):
     from qdq.accuracy import splitting
 
-    monkeypatch.setattr(splitting, "_LEAST_FLOAT_DB", 1000.0)
+    monkeypatch.setattr(splitting, "LEAST_FLOAT_DB", 1000.0)
     former = copy.deepcopy(net.state_dict())
     report = split(net, [images])
     assert report.paths[0].reason.startswith("undone: it changed the float outputs")

@@ -184,7 +184,7 @@ def test_noise_that_hardly_matters_gets_no_width(images):
     model = Drowned().eval()
     report = split(model, [images], 5.0)
     assert reason_of(report, "expand") == (
-        "no channel is free; 16 more would lower the noise of the outputs by less than 1%"
+        "no channel is free; 16 more would lower the noise of the outputs by less than 1 %"
     )
 
 
@@ -219,8 +219,134 @@ def test_outputs_whose_number_varies_get_no_width(net, images):
 
     report = split(Selected().eval(), [images], 2.0)
     assert reason_of(report, "net.expand") == (
-        "no channel is free; 16 more were not tried: the number of outputs depends on the rounding"
+        "no channel is free; 16 more were not tried: the outputs with rounded inputs cannot be compared"
     )
+
+
+@pytest.mark.parametrize("fault", ["an error", "an infinite value"])
+def test_a_model_that_rounded_inputs_break_gets_no_width(net, images, fault):
+    """The float model is fine, so splitting does not fail."""
+
+    class Fragile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+            self.largest = float(net(images).detach().max())
+
+        def forward(self, x):
+            scores = self.net(x)
+            changed = abs(float(scores.detach().max()) - self.largest) > 1e-5 * abs(self.largest)
+            if changed and fault == "an error":
+                raise ValueError("no detections")
+            return scores / 0.0 if changed else scores
+
+    report = split(Fragile().eval(), [images], 2.0)
+    assert reason_of(report, "net.expand") == (
+        "no channel is free; 16 more were not tried: the outputs with rounded inputs cannot be compared"
+    )
+    assert net.expand.out_channels == 16
+
+
+class Chain(nn.Module):
+    """The layer in the middle reads one path and writes the next."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        self.first, self.middle = nn.Conv2d(3, channels, 1), nn.Conv2d(channels, channels, 3)
+        self.last = nn.Conv2d(channels, 4, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.middle(torch.relu(self.first(x)))))
+
+
+@pytest.mark.parametrize("extra_macs", [0.5, 1.0, 2.5, 9.0])
+def test_macs_of_a_layer_that_two_paths_widen(images, extra_macs):
+    model = Chain().eval()
+    before = count_macs(model, images)
+    report = split(model, [images], extra_macs)
+    added = count_macs(model, images) / before - 1
+    assert report.extra_macs == pytest.approx(added)
+    assert added <= extra_macs
+    if extra_macs == 9.0:
+        assert model.middle.in_channels > 16 and model.middle.out_channels > 16
+
+
+def test_width_that_no_copy_uses_is_taken_back(net, images, monkeypatch):
+    """20 channels and 12 added ones; then 16 more, of which 16 must go if few copies stay."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 20, 1), nn.Conv2d(20, 6, 1)
+
+        def forward(self, x):
+            return self.second(torch.relu(self.first(x)))
+
+    model = Plain().eval()
+    widest = []
+
+    def compare(*_):
+        widest.append(model.first.out_channels)
+        num_copies = int(model.first.weight[20:].flatten(1).any(1).sum())
+        return {"output": 40.0 if num_copies <= 9 else 10.0}
+
+    monkeypatch.setattr("qdq.accuracy.splitting.list_decibels", compare)
+    monkeypatch.setattr("qdq.accuracy.widening.LEAST_FLOAT_DB", 30.0)
+    monkeypatch.setattr("qdq.accuracy.splitting.LEAST_FLOAT_DB", 30.0)
+    report = split(model, [images], 9.0)
+    (path, *_) = report.paths
+    assert max(widest) > 32
+    assert path.added == 12 and 4 < len(path.copied) <= 9
+    assert model.first.out_channels == 32
+
+
+def test_a_width_that_cannot_be_used_is_taken_back(images):
+    """A channel of zeros is 0.5 behind this clamp, which a reader without a bias cannot take back, and need not."""
+
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 6, 1, bias=False)
+
+        def forward(self, x):
+            return self.second(self.first(x).clamp(0.5, 6))
+
+    model = Clamped().eval()
+    expected = model(images)
+    report = split(model, [images], 5.0)
+    (path, *_) = report.paths
+    assert path.free == 0
+    assert (path.added > 0) is (len(path.copied) > 0)
+    assert model.first.out_channels == 16 + path.added
+    assert sqnr_db(expected.detach().numpy(), model(images).detach().numpy()) > 60
+
+
+def test_autograd_and_gradients_of_before(net, images):
+    loss = net(images).sum()
+    loss.backward()
+    split(net, [images], 1.5)
+    assert net.expand.out_channels == 32
+    net(images).sum().backward()  # `loss` still holds its graph
+    assert net.expand.weight.grad.shape == net.expand.weight.shape
+
+
+def test_ctrl_c_keeps_gradients_and_parameters(net, images, monkeypatch):
+    net(images).sum().backward()
+    net.project.weight.requires_grad_(False)
+    parameters = dict(net.named_parameters())
+    monkeypatch.setattr(
+        widening, "rank_copies", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        split(net, [images], 1.5)
+    assert all(parameters[name] is parameter for name, parameter in net.named_parameters())
+    assert net.expand.weight.grad is not None
+
+
+def test_frozen_parameters_stay_frozen(net, images):
+    net.project.weight.requires_grad_(False)
+    split(net, [images], 1.5)
+    assert not net.project.weight.requires_grad and net.expand.weight.requires_grad
 
 
 @pytest.mark.parametrize("interrupted", range(4))
@@ -263,6 +389,12 @@ def test_fewer_copies_if_more_change_the_float_model(net, images, monkeypatch, a
         assert repr(net) == repr(former)
 
 
+def test_extra_macs_that_are_no_number(net, images):
+    for extra_macs in ("0.05", None, True):
+        with pytest.raises(qdq.ArgumentTypeError, match="expected a share of the MACs"):
+            split(net, [images], extra_macs)
+
+
 @pytest.mark.parametrize("extra_macs", [-0.1, float("nan"), float("inf")])
 def test_what_is_no_share_is_refused(net, images, extra_macs):
     with pytest.raises(qdq.ArgumentError, match="expected a share of the MACs"):
@@ -298,6 +430,30 @@ def test_the_model_comes_back_from_its_file(net, images, tmp_path):
     assert read_added(fresh.expand).tolist() == [16, 0]
     assert torch.equal(fresh(images), net(images))
     assert np.isfinite(fresh(images).detach().numpy()).all()
+
+
+def test_a_wider_layer_in_float_comes_back_from_its_file(net, images, tmp_path):
+    fresh = copy.deepcopy(net)
+    qdq.split_channels(net, [images], extra_macs=1.5, exclude=["expand"])
+    assert net.expand.out_channels == 32
+    for model in (net, fresh):
+        qdq.swap_modules(model, images, exclude=["expand"])
+    qdq.calibrate_model(net, [images], method="max")
+    qdq.save_tuned(net, tmp_path / "net.safetensors")
+    qdq.load_tuned(fresh, tmp_path / "net.safetensors")
+    assert torch.equal(fresh(images), net(images))
+
+
+def test_loading_in_inference_mode(net, images, tmp_path):
+    fresh = copy.deepcopy(net)
+    split(net, [images], 1.5)
+    quantize(net, [images])
+    qdq.save_tuned(net, tmp_path / "net.safetensors")
+    qdq.swap_modules(fresh, images, include=["*"])
+    with torch.inference_mode():
+        qdq.load_tuned(fresh, tmp_path / "net.safetensors")
+    fresh(images).sum().backward()
+    assert torch.equal(fresh(images), net(images))
 
 
 def test_a_file_of_another_model_leaves_every_size(net, images, tmp_path):
