@@ -77,7 +77,8 @@ def ptq(
             reconstructs blocks and fine-tunes weights without labels (many minutes). What does not help on held-out
             calibration samples after the analysis is undone.
         extra_macs: How many multiplications the model may have more, as a share: balanced and best make layers wider
-            where split channels gain most. By default 0.05; 0 keeps the size of every layer.
+            where split channels gain most. By default 0.05 with --max-float-layers 0; else 0, which keeps the size of
+            every layer.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
@@ -101,7 +102,7 @@ def ptq(
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
     check_centering(center, format_names)
-    split_macs = choose_extra_macs(extra_macs, format_names, accuracy)
+    split_macs = choose_extra_macs(extra_macs, format_names, analysis.max_float_layers, accuracy)
     analysis_options = analysis.as_arguments()
     targets = choose_targets(
         target,

@@ -6,6 +6,7 @@ python recipes/qat.py --formats int8,fp8 --target l4
 torchrun --nproc-per-node 4 recipes/qat.py --model resnet50 --data /data/imagenet --loss both
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,7 +81,7 @@ def qat(
             calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway. Channels
             are always split if a layer may be int8.
         extra_macs: How many multiplications the model may have more, as a share: layers become wider where split
-            channels gain most. By default 0.05; 0 keeps the size of every layer.
+            channels gain most. By default 0.05 without float layers; else 0, which keeps the size of every layer.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
             above; it quantizes the products of attention, too. With both, each layer gets the one that is better
             for the outputs of the whole model.
@@ -92,7 +93,8 @@ def qat(
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
         layers: Train only these layers; patterns as for exclude. All layers if left out.
-        schedule: Length and learning rates.
+        schedule: Length and learning rates. Without labels, training stops by default when 5 of the 10 measurements in
+            a row were not better.
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
         batch_size: Images per batch; your own batches come as they are.
@@ -111,7 +113,7 @@ def qat(
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
     check_centering(center, format_names)
-    split_macs = choose_extra_macs(extra_macs, format_names)
+    split_macs = choose_extra_macs(extra_macs, format_names, max_float_layers)
     (built_for,) = choose_targets(
         () if target is None else (target,),
         sm=sm,
@@ -154,6 +156,8 @@ def qat(
     else:
         training, fitted, held_out = workload.split_training()
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
+    if schedule.patience is None and not uses_labels:
+        schedule = replace(schedule, patience=5)  # of the ten measurements
     run = qdq.start_run(
         output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
     )

@@ -285,6 +285,14 @@ def bad_pattern(tmp_path):
         (["--target-sqnr", "nan"], 'invalid value "nan" for --target-sqnr'),
         (["--confirm", "-1"], 'invalid value "-1" for --confirm'),
         (["--gpu", "voodoo2"], "gpu is 'voodoo2'"),
+        (["--extra-macs", "0.1"], "--extra-macs is given, and --accuracy is fast"),
+        (["--accuracy", "best", "--extra-macs", "nan"], "--extra-macs is nan; expected a share"),
+        (["--accuracy", "best", "--extra-macs", "-0.1"], "--extra-macs is -0.1; expected a share"),
+        (["--accuracy", "best", "--extra-macs", "5"], "--extra-macs is 5.0; expected a share"),
+        (
+            ["--accuracy", "best", "--extra-macs", "0", "--formats", "fp8"],
+            "--extra-macs is given, and --formats is fp8",
+        ),
         (["--center", "--formats", "fp8"], "--center is given, and --formats has fp8"),
         (["--profile", "missing.json"], "missing.json is not an engine profile"),
         (["--target-drop", "0.1"], "error: --target-drop is given, but no metric"),
@@ -441,6 +449,23 @@ def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, mess
     assert fix.startswith("  fix: ")
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.trt
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("options", "steps"), [([], 10), (["--patience", "2"], 4)])
+def test_fine_tuning_that_gains_nothing_stops(options, steps, tmp_path):
+    """The rates are too small to change a weight, and each of the ten measurements is after two steps."""
+    net, run = tmp_path / "net.py", tmp_path / "run"
+    net.write_text(CLAMPED)
+    arguments = ["--model", f"{net}:build", "--data", f"{net}:batches", "--calib-batches", "2"]
+    arguments += ["--eval-images", "4", "--steps", "20", "--lr", "1e-20", "--bias-lr", "1e-20"]
+    code, errors = run_recipe(TUNING, [*arguments, *options, "--output", run], tmp_path)
+    assert code == 0, errors
+    tuning = json.loads((run / "report.json").read_text())["tuning"]
+    assert len(tuning["losses"]) == steps
+    number = steps // 2
+    assert f"stopped: {number} measurements in a row were not better" in tuning["text"]
 
 
 def test_patience_where_nothing_is_measured(tmp_path, monkeypatch, capsys, pictures):
@@ -614,6 +639,7 @@ def test_split_channels_reach_the_file(recipe, arguments, is_split, tmp_path):
     [
         (RECIPE, ["--accuracy", "balanced", "--extra-macs", "1"], 32),
         (RECIPE, ["--accuracy", "balanced"], 16),  # 5 % more MACs are too few
+        (RECIPE, ["--accuracy", "balanced", "--extra-macs", "1", "--exclude", "2"], 32),
         (TUNING, ["--steps", "2", "--extra-macs", "1"], 32),
         (TUNING, ["--steps", "2"], 16),
     ],
@@ -634,7 +660,7 @@ def test_wider_layers_reach_the_file(recipe, arguments, channels, tmp_path):
     paths = {path["layers"][0]: path for path in report["splitting"]["paths"]}
     assert paths["2"]["added"] == channels - 16
     assert (report["splitting"]["extra_macs"] > 0) is (channels > 16)
-    assert report["summary"]["census"]["Int8"]["missing"] == []
+    assert report["summary"]["census_missing_int8"] == []
     assert diverge_run(run).divergence.first is None
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qdq.schedule import Schedule
     from qdq.workloads.workload import Workload
 
-# The four layers that the default leaves in float have more, and they cost twice as much or more there.
 _EXTRA_MACS = 0.05
 
 
@@ -210,35 +209,40 @@ def check_centering(center: bool, formats: Sequence[str]) -> None:
 
 
 def choose_extra_macs(
-    extra_macs: float | None, formats: Sequence[str], accuracy: str | None = None
+    extra_macs: float | None,
+    formats: Sequence[str],
+    max_float_layers: int,
+    accuracy: str | None = None,
 ) -> float | None:
     """How many MACs the model may have more for split channels; None if channels are not split.
 
     Args:
         extra_macs: As for --extra-macs.
         formats: As for `swap_modules`; only int8 gains by splitting.
+        max_float_layers: As for --max-float-layers. By default no layer becomes wider if some may go to float: those
+            that gain most would, and MACs cost most there.
         accuracy: As for --accuracy, where "fast" does not split; None if every accuracy splits.
 
     Raises:
-        ArgumentError: The option is given, and channels are not split; it is NaN or above 1.
+        ArgumentError: The option is given, and channels are not split; it is NaN, below 0 or above 1.
     """
-    reason = ""
+    reason, fix = "", ""
     if INT8 not in formats:
         reason = f"--formats is {','.join(formats)}: only channels for int8 are split"
+        fix = "leave --extra-macs out, or use --formats int8."
     elif accuracy == "fast":
         reason = "--accuracy is fast, which splits no channels"
+        fix = "leave --extra-macs out, or use --accuracy balanced."
     if reason:
         if extra_macs is not None:
-            raise ArgumentError(
-                f"--extra-macs is given, and {reason}.", "leave --extra-macs out, or change that."
-            )
+            raise ArgumentError(f"--extra-macs is given, and {reason}.", fix)
         return None
     if extra_macs is None:
-        return _EXTRA_MACS
+        return 0.0 if max_float_layers else _EXTRA_MACS
     if not 0 <= extra_macs <= 1:
         raise ArgumentError(
             f"--extra-macs is {extra_macs}; expected a share of the MACs of the model, 0 to 1.",
-            f"pass {_EXTRA_MACS} for {_EXTRA_MACS:.0%}, or 0 to keep the size of every layer.",
+            f"pass {_EXTRA_MACS} for {100 * _EXTRA_MACS:.0f} %, or 0 to keep the size of every layer.",
         )
     return extra_macs
 
