@@ -102,7 +102,6 @@ def ptq(
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
     check_centering(center, format_names)
-    split_macs = choose_extra_macs(extra_macs, format_names, analysis.max_float_layers, accuracy)
     analysis_options = analysis.as_arguments()
     targets = choose_targets(
         target,
@@ -116,6 +115,13 @@ def ptq(
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
+    split_macs = choose_extra_macs(
+        extra_macs,
+        format_names,
+        max_float_layers=analysis.max_float_layers,
+        plan=pinned,
+        accuracy=accuracy,
+    )
     workload = qdq.load_workload(
         qdq.WorkloadOptions(
             model=model,

@@ -6,14 +6,19 @@ python recipes/qat.py --formats int8,fp8 --target l4
 torchrun --nproc-per-node 4 recipes/qat.py --model resnet50 --data /data/imagenet --loss both
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_centering, check_layers, check_tuning, choose_extra_macs
+from qdq.cli.refusals import (
+    check_centering,
+    check_layers,
+    check_tuning,
+    choose_extra_macs,
+    choose_patience,
+)
 from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
@@ -93,8 +98,8 @@ def qat(
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
         layers: Train only these layers; patterns as for exclude. All layers if left out.
-        schedule: Length and learning rates. Without labels, training stops by default when 5 of the 10 measurements in
-            a row were not better.
+        schedule: Length and learning rates. With accuracy balanced or best, training stops by default after 5
+            measurements in a row that were not better; there are about 10.
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
         batch_size: Images per batch; your own batches come as they are.
@@ -113,7 +118,6 @@ def qat(
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
     check_centering(center, format_names)
-    split_macs = choose_extra_macs(extra_macs, format_names, max_float_layers)
     (built_for,) = choose_targets(
         () if target is None else (target,),
         sm=sm,
@@ -125,6 +129,9 @@ def qat(
     pinned = None
     if plan is not None:
         pinned = qdq.load_plan(plan)
+    split_macs = choose_extra_macs(
+        extra_macs, format_names, max_float_layers=max_float_layers, plan=pinned
+    )
     workload = qdq.load_workload(
         qdq.WorkloadOptions(
             model=model,
@@ -156,8 +163,7 @@ def qat(
     else:
         training, fitted, held_out = workload.split_training()
     check_tuning(loss, training.labels, schedule, tensorboard=tensorboard)
-    if schedule.patience is None and not uses_labels:
-        schedule = replace(schedule, patience=5)  # of the ten measurements
+    schedule = choose_patience(schedule, accuracy, uses_labels=uses_labels)
     run = qdq.start_run(
         output, seed=seed, settings=settings, device=qdq.describe_device(run_device)
     )

@@ -453,7 +453,16 @@ def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, mess
 
 @pytest.mark.trt
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("options", "steps"), [([], 10), (["--patience", "2"], 4)])
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["--accuracy", "balanced"], 10),
+        (["--accuracy", "balanced", "--patience", "2"], 4),
+        (["--accuracy", "balanced", "--patience", "20"], 20),
+        (["--accuracy", "balanced", "--grow", "0.5"], 20),
+        ([], 20),
+    ],
+)
 def test_fine_tuning_that_gains_nothing_stops(options, steps, tmp_path):
     """The rates are too small to change a weight, and each of the ten measurements is after two steps."""
     net, run = tmp_path / "net.py", tmp_path / "run"
@@ -464,8 +473,8 @@ def test_fine_tuning_that_gains_nothing_stops(options, steps, tmp_path):
     assert code == 0, errors
     tuning = json.loads((run / "report.json").read_text())["tuning"]
     assert len(tuning["losses"]) == steps
-    number = steps // 2
-    assert f"stopped: {number} measurements in a row were not better" in tuning["text"]
+    is_stopped = f"stopped: {steps // 2} measurements in a row were not better" in tuning["text"]
+    assert is_stopped is (steps < 20)
 
 
 def test_patience_where_nothing_is_measured(tmp_path, monkeypatch, capsys, pictures):
@@ -630,6 +639,21 @@ def test_split_channels_reach_the_file(recipe, arguments, is_split, tmp_path):
     assert ("Split channels\n" in (run / "report.txt").read_text()) is is_split
     assert ('id="splitting"' in (run / "report.html").read_text()) is is_split
     assert diverge_run(run).divergence.first is None
+
+
+@pytest.mark.parametrize(
+    ("max_float_layers", "precisions", "expected"),
+    [(0, None, 0.05), (1, None, 0.0), (0, {"a": "int8"}, 0.05), (0, {"a": "float"}, 0.0)],
+)
+def test_no_layer_becomes_wider_by_default_if_some_may_go_to_float(
+    max_float_layers, precisions, expected
+):
+    from qdq.cli.refusals import choose_extra_macs
+
+    plan = None if precisions is None else SimpleNamespace(precisions=precisions)
+    options = {"max_float_layers": max_float_layers, "plan": plan, "accuracy": "balanced"}
+    assert choose_extra_macs(None, ["int8"], **options) == expected
+    assert choose_extra_macs(0.2, ["int8"], **options) == 0.2
 
 
 @pytest.mark.trt

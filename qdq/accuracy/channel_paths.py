@@ -337,9 +337,8 @@ def find_free(path: ChannelPath) -> dict[int, float]:
         return {}
     is_free = moves <= _NEGLIGIBLE * moving.median()
     if path.reader.bias is None:
-        constants[columns_of(path.reader).abs().sum((0, 2)) == 0] = (
-            0.0  # the reader does not see them
-        )
+        # A constant that the reader multiplies by zeros need not go to its bias.
+        constants[columns_of(path.reader).abs().sum((0, 2)) == 0] = 0.0
         is_free &= constants == 0
     return {int(channel): float(constants[channel]) for channel in is_free.nonzero()}
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from math import inf, isfinite, log10
+from numbers import Real
 from typing import Any
 
 import torch
@@ -191,7 +192,7 @@ def _require_share(extra_macs: float) -> None:
         ArgumentError: It is below 0, NaN or infinite.
         ArgumentTypeError: It is no number.
     """
-    if isinstance(extra_macs, bool) or not isinstance(extra_macs, int | float):
+    if isinstance(extra_macs, bool) or not isinstance(extra_macs, Real):
         raise ArgumentTypeError(
             f"extra_macs is of type {type(extra_macs).__name__}; expected a share of the MACs.",
             "pass 0.05 for 5 %.",
@@ -282,12 +283,13 @@ class _Split:
         """What is said of the path."""
         path = self.path
         share = sum(copy.share for copy in self.copies)
+        predicted_db = -10 * log10(1 - share) if share else 0.0
         return SplitPath(
             layers=path.names,
             channels=path.num_channels - path.added,
             free=self.free,
             copied=tuple(copy.channel for copy in self.copies),
-            predicted_db=-10 * log10(1 - share),
+            predicted_db=predicted_db,
             reason=path.reason,
             added=path.added,
         )

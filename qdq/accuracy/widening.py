@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from math import inf, isinf
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from qdq.accuracy.channel_paths import (
     find_free,
     rank_copies,
 )
+from qdq.errors import StateError
 from qdq.nn.scaling import change_input
 from qdq.nn.width import narrow_layer, widen_layer
 from qdq.text import printable
@@ -80,6 +81,19 @@ class MacCounter:
         return macs
 
 
+@dataclass(frozen=True)
+class Noise:
+    """What the rounding of some tensors adds to the worst output.
+
+    Args:
+        ratio: Squares of the noise over squares of the output.
+        fault: Why it could not be measured, "" if it was.
+    """
+
+    ratio: float
+    fault: str = ""
+
+
 @dataclass
 class _Candidate:
     """A path that has more channels worth a copy than free ones.
@@ -87,12 +101,12 @@ class _Candidate:
     Args:
         path: The path.
         shares: How much of the noise of the path each copy takes away that finds no free channel, 0..1, falling.
-        noise: What the path adds to the outputs, as a ratio of squares; infinite if it cannot be measured.
+        noise: What the path adds to the outputs.
     """
 
     path: ChannelPath
     shares: list[float]
-    noise: float
+    noise: Noise
 
     @property
     def number(self) -> int:
@@ -103,7 +117,7 @@ class _Candidate:
     def gain(self) -> float:
         """By how much the next width lowers the noise of the outputs."""
         added = self.path.added
-        return self.noise * sum(self.shares[added : added + self.number])
+        return self.noise.ratio * sum(self.shares[added : added + self.number])
 
 
 def widen_paths(
@@ -134,7 +148,7 @@ def widen_paths(
         noise = _measure_noise([link.layer for link in path.links if link.is_rounded], compare)
         candidates.append(_Candidate(path, shares, noise))
 
-    least = _LEAST_SHARE * noise_of_all
+    least = replace(noise_of_all, ratio=_LEAST_SHARE * noise_of_all.ratio)
     while True:
         affordable = []
         for candidate in candidates:
@@ -151,10 +165,10 @@ def widen_paths(
             candidates.remove(best)
             best.path.refusal = fault
         else:
-            best.path.least_share = least / best.noise
+            best.path.least_share = least.ratio / best.noise.ratio
 
 
-def _refuse(candidate: _Candidate, cost: float, least: float, rest: float) -> str:
+def _refuse(candidate: _Candidate, cost: float, least: Noise, rest: float) -> str:
     """Why a path does not get its next width, "" if it may.
 
     Args:
@@ -164,9 +178,10 @@ def _refuse(candidate: _Candidate, cost: float, least: float, rest: float) -> st
         rest: The MACs that are left, as such a share.
     """
     number = f"{candidate.number} more"
-    if isinf(least) or isinf(candidate.noise):
-        return f"{number} were not tried: the outputs with rounded inputs cannot be compared"
-    if not candidate.gain > least:
+    fault = least.fault or candidate.noise.fault
+    if fault:
+        return f"{number} were not tried: with rounded inputs {fault}"
+    if not candidate.gain > least.ratio:
         return (
             f"{number} would lower the noise of the outputs by less than {100 * _LEAST_SHARE:.0f} %"
         )
@@ -239,16 +254,12 @@ def _resize(
     resize_layer(path.reader, 0, number)
 
 
-def _measure_noise(layers: Iterable[nn.Module], compare: Compare) -> float:
-    """What the rounding of the inputs of layers to int8 adds to the outputs, as a ratio of squares.
+def _measure_noise(layers: Iterable[nn.Module], compare: Compare) -> Noise:
+    """What the rounding of the inputs of layers to int8 adds to the outputs.
 
     Args:
         layers: Convolutions and linear layers; others are left as they are.
         compare: See `Compare`.
-
-    Returns:
-        The noise; infinite if the outputs cannot be compared, because rounding changes their number, makes them
-        infinite or ends in an error.
     """
     with ExitStack() as hooks:
         for layer in layers:
@@ -257,9 +268,13 @@ def _measure_noise(layers: Iterable[nn.Module], compare: Compare) -> float:
                 hooks.callback(handle.remove)
         try:
             decibels = compare()
-        except Exception:  # the code of a model may raise anything
-            return inf
-    return float(10 ** (-decibels / 10))
+        except StateError:
+            return Noise(0.0, "the outputs hold NaN or Inf")
+        except Exception as error:  # the code of a model may raise anything
+            return Noise(0.0, f"the model does not run: {printable(error, 80)}")
+    if decibels == -inf:
+        return Noise(0.0, "the number of outputs is another")
+    return Noise(10 ** (-decibels / 10))
 
 
 def _round_input(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

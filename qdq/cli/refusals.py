@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from qdq.workloads.workload import Workload
 
 _EXTRA_MACS = 0.05
+_PATIENCE = 5  # of about ten measurements
 
 
 def check_layers(
@@ -211,7 +213,9 @@ def check_centering(center: bool, formats: Sequence[str]) -> None:
 def choose_extra_macs(
     extra_macs: float | None,
     formats: Sequence[str],
+    *,
     max_float_layers: int,
+    plan: Plan | None,
     accuracy: str | None = None,
 ) -> float | None:
     """How many MACs the model may have more for split channels; None if channels are not split.
@@ -221,6 +225,7 @@ def choose_extra_macs(
         formats: As for `swap_modules`; only int8 gains by splitting.
         max_float_layers: As for --max-float-layers. By default no layer becomes wider if some may go to float: those
             that gain most would, and MACs cost most there.
+        plan: As for --plan; it may set layers to float, too.
         accuracy: As for --accuracy, where "fast" does not split; None if every accuracy splits.
 
     Raises:
@@ -238,13 +243,31 @@ def choose_extra_macs(
             raise ArgumentError(f"--extra-macs is given, and {reason}.", fix)
         return None
     if extra_macs is None:
-        return 0.0 if max_float_layers else _EXTRA_MACS
+        has_float_layers = plan is not None and FLOAT in plan.precisions.values()
+        return 0.0 if max_float_layers or has_float_layers else _EXTRA_MACS
     if not 0 <= extra_macs <= 1:
         raise ArgumentError(
             f"--extra-macs is {extra_macs}; expected a share of the MACs of the model, 0 to 1.",
             f"pass {_EXTRA_MACS} for {100 * _EXTRA_MACS:.0f} %, or 0 to keep the size of every layer.",
         )
     return extra_macs
+
+
+def choose_patience(schedule: Schedule, accuracy: str, *, uses_labels: bool) -> Schedule:
+    """The schedule of fine-tuning, which ends early by default where it is least likely to gain.
+
+    After AdaRound it hardly ever gains, and a run that will gain nothing shows that in its first half. After the
+    correction of biases alone, or while quantization still grows, a metric that falls at first may rise later.
+
+    Args:
+        schedule: As on the command line.
+        accuracy: As for --accuracy.
+        uses_labels: Whether the loss has labels, so that no metric is measured.
+    """
+    is_free = schedule.patience is None and not schedule.grow
+    if uses_labels or accuracy == "fast" or not is_free:
+        return schedule
+    return replace(schedule, patience=_PATIENCE)
 
 
 def _list_unmatched(patterns: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:

@@ -70,6 +70,8 @@ def read_added(layer: nn.Module) -> torch.Tensor:
 def undoing_widths(layers: Iterable[nn.Module]) -> Iterator[None]:
     """After an error or Ctrl-C in the block, layers have the parameters and numbers of channels that they had before.
 
+    A layer that ends with its former size has its former parameters in any case, with the new values.
+
     Args:
         layers: Those that the block may make wider.
     """
@@ -88,6 +90,21 @@ def undoing_widths(layers: Iterable[nn.Module]) -> Iterator[None]:
             if added is not None:
                 layer.register_buffer(ADDED_KEY, added)
         raise
+    for layer, _, parameters, _ in former:
+        _put_back(layer, parameters)
+
+
+@torch.no_grad()
+def _put_back(layer: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
+    """Put former parameters back where the present ones have the same shape: an optimizer may hold them."""
+    for name, former in parameters.items():
+        present = layer._parameters.get(name)
+        if former is None or present is None or present is former:
+            continue
+        if present.shape == former.shape:
+            if not torch.equal(present, former):
+                former.copy_(present)
+            layer._parameters[name] = former
 
 
 def _has_groups(layer: Any) -> bool:
@@ -107,6 +124,8 @@ def _drop_last(tensor: torch.Tensor, dim: int, number: int) -> torch.Tensor:
 def _replace(layer: nn.Module, name: str, values: torch.Tensor) -> None:
     """Give a layer a new parameter: one that changes its shape would not fit graphs that autograd still holds."""
     former = getattr(layer, name)
+    if former.dim() == 4 and former.is_contiguous(memory_format=torch.channels_last):
+        values = values.contiguous(memory_format=torch.channels_last)
     setattr(layer, name, nn.Parameter(own_tensor(values), requires_grad=former.requires_grad))
 
 

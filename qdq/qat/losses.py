@@ -386,7 +386,7 @@ def _pair(
     if output_shapes != target_shapes:
         raise ArgumentError(
             f"{name} gives {output_shapes}, but {target_shapes} in the teacher.",
-            "give a teacher with the same outputs.",
+            "give a teacher of the same outputs and layers; Distillation(features=0) compares outputs only.",
         )
     return list(zip(outputs, targets, strict=True))
 

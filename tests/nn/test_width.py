@@ -88,3 +88,9 @@ def test_an_error_takes_the_channels_back(build, x, added):
     assert read_added(layer).tolist() == list(added)
     for name, values in layer.state_dict().items():
         assert torch.equal(values, former.state_dict()[name])
+
+
+def test_a_layer_with_channels_last_keeps_the_order_in_memory():
+    layer = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    widen_layer(layer, 4, 4)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
