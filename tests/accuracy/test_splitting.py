@@ -5,37 +5,25 @@ import copy
 import numpy as np
 import pytest
 import torch
+from inverted_block import Inverted
 from torch import nn
 
 import qdq
 from qdq.metrics import sqnr_db
 
 
-class Inverted(nn.Module):
-    """Like a block of MobileNetV2: channel 3 is the loudest, channels 5 and 6 carry nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.expand = nn.Conv2d(3, 8, 1)
-        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
-        self.project = nn.Conv2d(8, 6, 1)
-        self.relu = nn.ReLU6()
-        with torch.no_grad():
-            self.expand.weight.mul_(2)
-            self.expand.bias.add_(3.0)
-            self.depthwise.bias.add_(3.0)
-            self.depthwise.weight[3] *= 8
-            self.depthwise.weight[3] -= self.depthwise.weight[3].mean()
-            self.depthwise.weight[[5, 6]] = 0.0
-            self.depthwise.bias[6] = -1.0
-
-    def forward(self, x):
-        return self.project(self.relu(self.depthwise(self.relu(self.expand(x)))))
+def make_block():
+    """Channels 5 and 6 carry nothing."""
+    block = Inverted(8).eval()
+    with torch.no_grad():
+        block.depthwise.weight[[5, 6]] = 0.0
+        block.depthwise.bias[6] = -1.0
+    return block
 
 
 @pytest.fixture
 def net():
-    return Inverted().eval()
+    return make_block()
 
 
 @pytest.fixture
@@ -269,7 +257,7 @@ def test_a_change_of_the_float_model_is_undone(net, images, monkeypatch):
 class TwoPaths(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = Inverted(), Inverted()
+        self.first, self.second = make_block(), make_block()
         self.between = nn.Conv2d(6, 3, 1)
 
     def forward(self, x):
@@ -392,7 +380,7 @@ def test_weights_that_cannot_be_written(net, images):
     net.project.bias = nn.Parameter(torch.zeros(1).expand(6))
     assert "project is expanded" in reasons_of(split(net, [images]))["expand"]
     with torch.inference_mode():
-        model = Inverted().eval()
+        model = make_block()
     assert "inference_mode" in reasons_of(split(model, [images]))["expand"]
 
 
@@ -418,11 +406,11 @@ def test_refusals(net, images):
 
 def test_half_precision(images):
     """float16 has the shifts to 60 dB; bfloat16 does not, so the path is undone."""
-    model = Inverted().eval().half()
+    model = make_block().half()
     report = split(model, [images.half()])
     assert report.paths[0].copied == (3, 3)
     assert report.float_db > 60
-    model = Inverted().eval().bfloat16()
+    model = make_block().bfloat16()
     former = copy.deepcopy(model.state_dict())
     reason = reasons_of(split(model, [images.bfloat16()]))["expand"]
     assert reason.startswith("undone: it changed the float outputs")

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from inverted_block import Inverted
 from torch import nn
 
 import qdq
@@ -13,29 +14,9 @@ from qdq.metrics import sqnr_db
 from qdq.nn.width import read_added
 
 
-class Inverted(nn.Module):
-    """Like a block of MobileNetV2: channel 3 is the loudest, and every channel carries something."""
-
-    def __init__(self, inputs=3, loudness=8.0):
-        super().__init__()
-        self.expand = nn.Conv2d(inputs, 16, 1)
-        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.project = nn.Conv2d(16, 6, 1)
-        self.relu = nn.ReLU6()
-        with torch.no_grad():
-            self.expand.weight.mul_(2)
-            self.expand.bias.add_(3.0)
-            self.depthwise.bias.add_(3.0)
-            self.depthwise.weight[3] *= loudness
-            self.depthwise.weight[3] -= self.depthwise.weight[3].mean()
-
-    def forward(self, x):
-        return self.project(self.relu(self.depthwise(self.relu(self.expand(x)))))
-
-
 @pytest.fixture
 def net():
-    return Inverted().eval()
+    return Inverted(16).eval()
 
 
 @pytest.fixture
@@ -117,7 +98,7 @@ class TwoBlocks(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.quiet, self.loud = Inverted(loudness=4.0), Inverted(loudness=40.0)
+        self.quiet, self.loud = Inverted(16, 4.0), Inverted(16, 40.0)
         with torch.no_grad():
             self.quiet.project.weight *= 0.3
 
@@ -171,7 +152,7 @@ def test_noise_that_hardly_matters_gets_no_width(images):
 
     class Drowned(Inverted):
         def __init__(self):
-            super().__init__()
+            super().__init__(16)
             self.last = nn.Conv2d(6, 6, 1)
             with torch.no_grad():
                 self.project.weight[1:] *= 1e-3
@@ -195,7 +176,7 @@ def test_a_layer_that_cannot_be_wider_keeps_its_size(images):
         def forward(self, x):
             return nn.functional.conv2d(x, self.weight, self.bias, padding=1, groups=16)
 
-    model = Inverted().eval()
+    model = Inverted(16).eval()
     fixed = Fixed(16, 16, 3, padding=1, groups=16)
     fixed.load_state_dict(model.depthwise.state_dict())
     model.depthwise = fixed.eval()
