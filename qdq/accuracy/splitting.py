@@ -37,7 +37,7 @@ from qdq.accuracy.channel_paths import (
 )
 from qdq.accuracy.float_layers import list_unchanged, require_float_model, undoing_changes
 from qdq.accuracy.layerwise import list_decibels
-from qdq.accuracy.widening import WIDTH_MULTIPLE, MacCounter, drop_channels, widen_paths
+from qdq.accuracy.widening import WIDTH_MULTIPLE, MacCounter, resize_path, widen_paths
 from qdq.batch import list_filled_batches
 from qdq.device import without_tf32
 from qdq.errors import ArgumentError, ArgumentTypeError
@@ -326,7 +326,7 @@ class _Split:
         if needed:
             unused -= unused % WIDTH_MULTIPLE
         if unused:
-            drop_channels(path, unused)
+            resize_path(path, -unused)
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -31,7 +31,7 @@ from qdq.accuracy.channel_paths import (
 )
 from qdq.errors import StateError
 from qdq.nn.scaling import change_input
-from qdq.nn.width import narrow_layer, widen_layer
+from qdq.nn.width import resize_layer
 from qdq.text import printable
 from qdq.work import Work
 
@@ -204,7 +204,7 @@ def _widen(path: ChannelPath, number: int, compare: Compare) -> str:
         Why that was taken back, such as the error of a layer that computes with its own number of channels; "" if the
         path is wider.
     """
-    add_channels(path, number)
+    resize_path(path, number)
     try:
         float_db = compare()
     except Exception as error:  # the code of a layer may raise anything
@@ -213,45 +213,25 @@ def _widen(path: ChannelPath, number: int, compare: Compare) -> str:
         if float_db >= LEAST_FLOAT_DB:
             return ""
         fault = f"{number} more changed the float outputs, SQNR {float_db:.1f} dB"
-    drop_channels(path, number)
+    resize_path(path, -number)
     return fault
 
 
-def add_channels(path: ChannelPath, number: int) -> None:
-    """Make a path wider.
+def resize_path(path: ChannelPath, number: int) -> None:
+    """Make a path wider, or take the last channels back that were added.
 
     Args:
         path: Its tensors were observed.
-        number: Number of channels, which carry nothing.
+        number: Number of channels, which carry nothing; negative to take back.
     """
-    _resize(path, number, widen_layer)
-    for link in path.links:
-        assert link.num_inside is not None  # noqa: S101  # observed before
-        link.num_inside = F.pad(link.num_inside, (0, number))
-    path.added += number
-
-
-def drop_channels(path: ChannelPath, number: int) -> None:
-    """Take the last channels of a path back, which `add_channels` has added.
-
-    Args:
-        path: The path.
-        number: Number of channels.
-    """
-    _resize(path, number, narrow_layer)
-    for link in path.links:
-        assert link.num_inside is not None  # noqa: S101  # observed before
-        link.num_inside = link.num_inside[:-number]
-    path.added -= number
-
-
-def _resize(
-    path: ChannelPath, number: int, resize_layer: Callable[[nn.Module, int, int], None]
-) -> None:
     resize_layer(path.writer, number, 0)
     for link in path.depthwise:
         resize_layer(link.layer, number, number)
     resize_layer(path.reader, 0, number)
+    for link in path.links:
+        assert link.num_inside is not None  # noqa: S101  # observed before
+        link.num_inside = F.pad(link.num_inside, (0, number))
+    path.added += number
 
 
 def _measure_noise(layers: Iterable[nn.Module], compare: Compare) -> Noise:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from qdq.quantize import own_tensor
@@ -18,42 +19,24 @@ ADDED_KEY = "added_channels"
 _SIZES = ("out_channels", "in_channels", "groups", "out_features", "in_features")
 
 
-def widen_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
-    """Add channels behind those of a layer, with weights and biases of 0, in place.
+def resize_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
+    """Add channels behind those of a layer, with weights and biases of 0, or take the last ones back, in place.
 
     The parameters are new ones: an optimizer that has the former ones does not see them.
 
     Args:
         layer: A convolution or linear layer; one with groups has a filter for each channel.
-        outputs: Number of output channels to add.
-        inputs: Number of input channels to add; of a layer with groups the same.
+        outputs: Number of output channels to add; negative to take back.
+        inputs: Number of input channels, likewise; of a layer with groups the same.
     """
-    wider: Any = layer
-    weight = _append_zeros(wider.weight, 0, outputs)
+    resized: Any = layer
+    weight = _resize_axis(resized.weight, 0, outputs)
     if not _has_groups(layer):
-        weight = _append_zeros(weight, 1, inputs)
+        weight = _resize_axis(weight, 1, inputs)
     _replace(layer, "weight", weight)
-    if wider.bias is not None:
-        _replace(layer, "bias", _append_zeros(wider.bias, 0, outputs))
+    if resized.bias is not None:
+        _replace(layer, "bias", _resize_axis(resized.bias, 0, outputs))
     _count(layer, outputs, inputs)
-
-
-def narrow_layer(layer: nn.Module, outputs: int, inputs: int) -> None:
-    """Take back the last channels that `widen_layer` added, in place.
-
-    Args:
-        layer: As for `widen_layer`.
-        outputs: Number of output channels to take back.
-        inputs: Number of input channels to take back.
-    """
-    narrower: Any = layer
-    weight = _drop_last(narrower.weight, 0, outputs)
-    if not _has_groups(layer):
-        weight = _drop_last(weight, 1, inputs)
-    _replace(layer, "weight", weight)
-    if narrower.bias is not None:
-        _replace(layer, "bias", _drop_last(narrower.bias, 0, outputs))
-    _count(layer, -outputs, -inputs)
 
 
 def read_added(layer: nn.Module) -> torch.Tensor:
@@ -111,14 +94,10 @@ def _has_groups(layer: Any) -> bool:
     return isinstance(layer, _ConvNd) and layer.groups > 1
 
 
-def _append_zeros(tensor: torch.Tensor, dim: int, number: int) -> torch.Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = number
-    return torch.cat([tensor.detach(), tensor.detach().new_zeros(shape)], dim)
-
-
-def _drop_last(tensor: torch.Tensor, dim: int, number: int) -> torch.Tensor:
-    return tensor.detach().narrow(dim, 0, tensor.shape[dim] - number)
+def _resize_axis(tensor: torch.Tensor, dim: int, number: int) -> torch.Tensor:
+    """The tensor with zeros behind an axis, or without its last entries if the number is negative."""
+    behind = [0, 0] * (tensor.dim() - dim - 1)  # F.pad begins with the last axis
+    return F.pad(tensor.detach(), [*behind, 0, number])
 
 
 def _replace(layer: nn.Module, name: str, values: torch.Tensor) -> None:

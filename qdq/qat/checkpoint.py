@@ -24,7 +24,7 @@ from qdq.errors import DataError, ModelError
 from qdq.files import as_path, read_file, write_atomic
 from qdq.formats import FP8_BITS
 from qdq.forward import require_model
-from qdq.nn.width import ADDED_KEY, read_added, undoing_widths, widen_layer
+from qdq.nn.width import ADDED_KEY, read_added, resize_layer, undoing_widths
 from qdq.quantize import from_log2
 from qdq.quantizer import named_quantizers
 from qdq.schema import digest_parts, parse_json
@@ -213,7 +213,7 @@ def load_tuned(model: nn.Module, path: Path | str) -> dict[str, Any]:
     names = {layer: name for name, layer in model.named_modules()}
     with undoing_widths(layer for layer, _, _ in widths):
         for layer, outputs, inputs in widths:
-            widen_layer(layer, outputs, inputs)
+            resize_layer(layer, outputs, inputs)
         state = {**model.state_dict(), **biases}
         for name in changed:
             state.pop(f"{name}._amax", None)  # a range of the other format

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdq.nn.width import ADDED_KEY, narrow_layer, read_added, undoing_widths, widen_layer
+from qdq.nn.width import ADDED_KEY, read_added, resize_layer, undoing_widths
 
 LAYERS = [
     (lambda: nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 6, 6), (4, 2)),
@@ -29,7 +29,7 @@ def test_added_channels_are_zero_and_the_others_stay(build, x, added):
     layer = build()
     expected = layer(x)
     outputs, inputs = added
-    widen_layer(layer, outputs, inputs)
+    resize_layer(layer, outputs, inputs)
     wide = layer(append_random(x, layer, inputs))
     if isinstance(layer, nn.Linear):
         wide = wide.movedim(-1, 1)
@@ -42,8 +42,8 @@ def test_added_channels_are_zero_and_the_others_stay(build, x, added):
 @pytest.mark.parametrize(("build", "x", "added"), LAYERS)
 def test_a_wider_layer_is_one_that_was_built_so(build, x, added):
     layer = build()
-    widen_layer(layer, *added)
-    widen_layer(layer, *added)
+    resize_layer(layer, *added)
+    resize_layer(layer, *added)
     assert read_added(layer).tolist() == [2 * number for number in added]
     arguments = {"bias": layer.bias is not None}
     if isinstance(layer, nn.Linear):
@@ -64,8 +64,8 @@ def test_a_layer_gets_its_size_back(build, x, added):
     layer = build()
     former = copy.deepcopy(layer)
     layer(x).sum().backward()
-    widen_layer(layer, *added)
-    narrow_layer(layer, *added)
+    resize_layer(layer, *added)
+    resize_layer(layer, *(-number for number in added))
     assert repr(layer) == repr(former)
     assert layer.state_dict().keys() == former.state_dict().keys()
     assert torch.equal(layer(x), former(x))
@@ -73,14 +73,14 @@ def test_a_layer_gets_its_size_back(build, x, added):
 
 def widen_and_stop(layer, outputs, inputs):
     with undoing_widths([layer]):
-        widen_layer(layer, outputs, inputs)
+        resize_layer(layer, outputs, inputs)
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("build", "x", "added"), LAYERS)
 def test_an_error_takes_the_channels_back(build, x, added):
     layer = build()
-    widen_layer(layer, *added)
+    resize_layer(layer, *added)
     former = copy.deepcopy(layer)
     with pytest.raises(KeyboardInterrupt):
         widen_and_stop(layer, *added)
@@ -92,5 +92,5 @@ def test_an_error_takes_the_channels_back(build, x, added):
 
 def test_a_layer_with_channels_last_keeps_the_order_in_memory():
     layer = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
-    widen_layer(layer, 4, 4)
+    resize_layer(layer, 4, 4)
     assert layer.weight.is_contiguous(memory_format=torch.channels_last)
