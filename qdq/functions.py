@@ -218,6 +218,8 @@ ACTIVATIONS = names_of("activation")
 IDENTITIES = names_of("identity")
 RESHAPES = names_of("reshape")
 COPIES = IDENTITIES | RESHAPES | names_of("copy")
+# The functions whose result moves by as much as their input. Average pooling with padding does not.
+SHIFT_KEEPERS = IDENTITIES | RESHAPES | MEANS | MAX_POOLINGS | ADAPTIVE_AVERAGE_POOLINGS
 # They change the type of values; not to integers, which no product of a softmax reads.
 CASTS = frozenset({"to", "type_as", "float", "half", "bfloat16", "double"})
 CONCATS = names_of("concat")

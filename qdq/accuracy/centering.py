@@ -3,8 +3,8 @@
 TensorRT's int8 is symmetric: of the values 0 to 6 behind a ReLU6, half of the codes are lost. A layer y = W x + b
 computes W (x - c) + (b + W c), and x - c has codes on both sides. The subtraction is no operator of the file:
 `graph.fold_offsets` moves c into the bias of the product before the clamp, and into the bounds of the clamp. So the
-clamp stays, as a Clip with other bounds. A layer that pads its input would read 0 there instead of -c: it is left
-alone.
+clamp stays, as a Clip with other bounds. Pooling, means over pixels and reshapes may lie between the clamp and the
+layer: mean(x) - c = mean(x - c). A layer that pads its input would read 0 there instead of -c: it is left alone.
 
 With a range that clips at h, the range around the middle c = (l + h) / 2 of [l, h] clips the same values with half of
 the step: 6 dB if l is 0. The end h with the least squared error is taken. Rounded weights W' would shift the mean of
@@ -15,7 +15,7 @@ it has W' c in place of W c (`nn.mixin`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,6 @@ from qdq.accuracy.float_layers import (
     list_unchanged,
     may_read_zeros,
     require_float_model,
-    returns_input,
     rounding_db,
 )
 from qdq.accuracy.layerwise import FlatArrays, FlatOutputs, list_decibels
@@ -41,7 +40,7 @@ from qdq.dataflow import Dataflow, clamp_of
 from qdq.device import without_tf32
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.forward import Operation, call_model, evaluating, require_model, trace_forward
-from qdq.functions import CONVOLUTIONS, LINEAR
+from qdq.functions import CONVOLUTIONS, LINEAR, SHIFT_KEEPERS
 from qdq.nn.scaling import is_shifted, shift_input, unshift_input
 from qdq.patterns import Pattern
 from qdq.quantize import fake_quantize
@@ -274,7 +273,7 @@ def _find_groups(model: nn.Module, inputs: Any, plan: SwapPlan) -> list[_Group]:
         group.readers[operation.module] = layer
         group.reason = group.reason or reason
     for value, group in groups.items():
-        group.reason = group.reason or _reason_against_tensor(flow, value, set(group.readers))
+        group.reason = group.reason or _reason_against_tensor(flow, value, group.readers, quantized)
     return list(groups.values())
 
 
@@ -289,17 +288,22 @@ def _reason_against(layer: Any) -> str:
     return ""
 
 
-def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str:
+def _reason_against_tensor(
+    flow: Dataflow, value: int, readers: Collection[str], quantized: Collection[str]
+) -> str:
     """Why a tensor cannot be centered for all its readers, "" if it can.
 
     Args:
         flow: The data flow of the model.
         value: Number of the tensor.
         readers: The layers that read it.
+        quantized: The modules that will be quantized.
     """
     path = [value]
     producer = flow.producer_of(value)
-    while producer is not None and returns_input(producer):
+    while producer is not None and _keeps_shift(producer):
+        if producer.module in quantized:
+            return f"{producer.module} lies between it and the clamp, and is quantized itself"
         path.append(producer.inputs[0])
         producer = flow.producer_of(path[-1])
     bounds = None if producer is None else clamp_of(producer)
@@ -315,6 +319,11 @@ def _reason_against_tensor(flow: Dataflow, value: int, readers: set[str]) -> str
             if not is_on_path and not (tensor == value and reader.module in readers):
                 return f"{reader.module or reader.function} reads it, too"
     return ""
+
+
+def _keeps_shift(operation: Operation) -> bool:
+    """Whether the result of a function of one tensor moves by as much as its input."""
+    return operation.function in SHIFT_KEEPERS and len(operation.inputs) == 1
 
 
 def _has_bias_before(flow: Dataflow, clamp: Operation) -> bool:

@@ -58,14 +58,13 @@ from qdq.forward import (
 )
 from qdq.functions import (
     ACTIVATIONS,
-    ADAPTIVE_AVERAGE_POOLINGS,
     AVERAGES,
     CONVOLUTIONS,
     HOMOGENEOUS,
     IDENTITIES,
     MAX_POOLINGS,
-    MEANS,
     RESHAPES,
+    SHIFT_KEEPERS,
 )
 from qdq.quantizer import disable_quantization
 from qdq.swap import quantized_layers, restore_modules, swap_modules
@@ -74,8 +73,6 @@ logger = logging.getLogger(__name__)
 
 _ELEMENTWISE = HOMOGENEOUS & (ACTIVATIONS | IDENTITIES)
 _POOLINGS = HOMOGENEOUS & (AVERAGES | MAX_POOLINGS)
-# The functions that keep a shift of a channel. Average pooling with padding does not.
-_SHIFTED = IDENTITIES | RESHAPES | MEANS | MAX_POOLINGS | ADAPTIVE_AVERAGE_POOLINGS
 _EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 _STEPS = 127  # int8 codes between 0 and the end of a range
 # Largest factor. A channel that needs more is almost dead on this data, but may not be on other data.
@@ -446,7 +443,7 @@ def _pass_on(
     clamp = clamp_of(operation)
     if is_unary and (clamp == (0.0, inf) or operation.function in _ELEMENTWISE):
         group = groups.join(first, output)
-        group.keeps_shifts = group.keeps_shifts and operation.function in _SHIFTED
+        group.keeps_shifts = group.keeps_shifts and operation.function in SHIFT_KEEPERS
         return
     if clamp is not None:
         reason = f"{operation.function} clamps it, and factors would move the bound"
@@ -455,7 +452,7 @@ def _pass_on(
     if is_unary and (operation.function in _POOLINGS or _is_by_channel(flow, operation, first)):
         group = groups.join(first, output)
         group.axes.add(1)
-        group.keeps_shifts = group.keeps_shifts and operation.function in _SHIFTED
+        group.keeps_shifts = group.keeps_shifts and operation.function in SHIFT_KEEPERS
         return
     reason = f"{operation.function} does not commute with factors of its channels"
     groups.pin([*computed, *operation.outputs], reason)

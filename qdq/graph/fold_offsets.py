@@ -12,14 +12,29 @@ from qdq.graph.edits import add_initializer, find_free_name, remove_if_unread, r
 from qdq.graph.pairs import constant_of, input_of, is_op, producer_of
 
 _BIAS = 2  # the input of Conv and Gemm
+# The operators whose output moves by as much as their input; AveragePool does without the zeros of a padding.
+_SHIFT_KEEPERS = frozenset(
+    {
+        "Flatten",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "Identity",
+        "MaxPool",
+        "ReduceMean",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+    }
+)
 
 
 class FoldOffsets(ir.passes.InPlacePass):
     """Conv or Gemm -> Clip -> Sub of a constant becomes Conv or Gemm -> Clip with other bounds.
 
     clip(x, low, high) - c = clip(x - c, low - c, high - c), and x - c is the same product with another bias. So the
-    operators are those of a model without Sub, which TensorRT fuses. All readers of the Clip must be such a Sub with
-    one constant, and nothing else may read the product. Elsewhere the Sub stays. A sum may differ in its last bit.
+    operators are those of a model without Sub, which TensorRT fuses. Pooling and reshapes may lie between the Clip and
+    the Sub. All readers of the Clip must be such a Sub with one constant, and nothing else may read the product.
+    Elsewhere the Sub stays. A sum may differ in its last bit.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -35,8 +50,8 @@ class FoldOffsets(ir.passes.InPlacePass):
 def _fold_offset(graph: ir.Graph, clip: ir.Node) -> bool:
     """Fold the Sub nodes behind a Clip, if all conditions hold."""
     product = producer_of(clip.inputs[0])
-    offset = _find_offset(clip)
-    if product is None or offset is None or not _adds_bias(product):
+    subtractions = _find_subtractions(clip)
+    if product is None or not subtractions or not _adds_bias(product):
         return False
     output = product.outputs[0]
     if product.graph is not graph or len(output.uses()) > 1 or output.is_graph_output():
@@ -44,15 +59,17 @@ def _fold_offset(graph: ir.Graph, clip: ir.Node) -> bool:
     bias = constant_of(input_of(product, _BIAS))
     low = constant_of(input_of(clip, 1))
     high = constant_of(input_of(clip, 2))
-    if bias is None or low is None or high is None:
+    offset = _find_offset(subtractions)
+    if bias is None or low is None or high is None or offset is None:
         return False
 
     _replace_constant(graph, product, _BIAS, bias - offset)
     _replace_constant(graph, clip, 1, low - offset)
     _replace_constant(graph, clip, 2, high - offset)
-    for node, _ in list(clip.outputs[0].uses()):
-        node.outputs[0].replace_all_uses_with(clip.outputs[0])
-        constant = node.inputs[1]
+    for node in subtractions:
+        shifted, constant = node.inputs
+        assert shifted is not None  # noqa: S101
+        node.outputs[0].replace_all_uses_with(shifted)
         if remove_if_unread(node):
             remove_if_unused(constant)
     return True
@@ -65,15 +82,45 @@ def _adds_bias(product: ir.Node) -> bool:
     return is_op(product, "Conv")
 
 
-def _find_offset(clip: ir.Node) -> npt.NDArray[Any] | None:
-    """The number `[]` that all readers of a Clip subtract from it; None if they do not."""
-    output = clip.outputs[0]
-    if output.is_graph_output() or not output.uses():
-        return None
+def _find_subtractions(node: ir.Node) -> list[ir.Node]:
+    """The Sub nodes that read a node, directly or through operators that keep a shift; [] if other nodes do."""
+    output = node.outputs[0]
+    if output.is_graph_output() or any(other.uses() for other in node.outputs[1:]):
+        return []
+    subtractions = []
+    for reader, position in output.uses():
+        if is_op(reader, "Shape", "Size"):
+            continue
+        if position != 0:
+            return []
+        if is_op(reader, "Sub"):
+            if reader.outputs[0].is_graph_output():
+                return []
+            subtractions.append(reader)
+            continue
+        behind = _find_subtractions(reader) if _keeps_shift(reader) else []
+        if not behind:
+            return []
+        subtractions += behind
+    return subtractions
+
+
+def _keeps_shift(node: ir.Node) -> bool:
+    """Whether the output of a node moves by as much as its first input."""
+    if is_op(node, "AveragePool"):
+        attributes = node.attributes
+        pads = attributes.get_ints("pads", [])
+        counts_zeros = bool(attributes.get_int("count_include_pad", 0))
+        can_pad = any(pads) or attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+        is_short = bool(attributes.get_int("ceil_mode", 0))
+        return not (counts_zeros and (can_pad or is_short))
+    return is_op(node, *_SHIFT_KEEPERS)
+
+
+def _find_offset(subtractions: list[ir.Node]) -> npt.NDArray[Any] | None:
+    """The number `[]` that all nodes subtract; None if they do not subtract one number."""
     offsets = []
-    for node, position in output.uses():
-        if not is_op(node, "Sub") or position != 0 or node.outputs[0].is_graph_output():
-            return None
+    for node in subtractions:
         offset = constant_of(node.inputs[1])
         if offset is None or offset.ndim:  # more dimensions could be those of the result
             return None

@@ -114,6 +114,61 @@ def test_the_file_has_no_more_operators(net, images, tmp_path):
     ort.InferenceSession(exported.path)
 
 
+class Pooled(nn.Module):
+    """The end of MobileNetV2: a clamp, pooling, dropout, a linear layer."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.pool = pool
+        self.last = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.LazyLinear(8))
+        with torch.no_grad():
+            self.first.weight.mul_(4)
+            self.first.bias.add_(2.0)
+
+    def forward(self, x):
+        return self.last(self.pool(self.first(x).clamp(0, 6)))
+
+
+class GlobalMean(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2, padding=1), GlobalMean()]
+)
+def test_an_input_behind_pooling_is_centered(pool, images, tmp_path):
+    model = Pooled(pool).eval()
+    expected = qdq.predict(model, [images])
+    report = qdq.center_inputs(model, [images], include=["last.2", "first"])
+    (entry,) = (entry for entry in report.inputs if not entry.reason)
+    assert entry.read_by == ("last.2",) and entry.offset > 1
+    assert sqnr_db(expected, qdq.predict(model, [images])) > 100
+    qdq.swap_modules(model, images[:2], include=["last.2", "first"])
+    qdq.rewire_operations(model, images[:2])
+    qdq.calibrate_model(model, [images])
+    actual = qdq.predict(model, [images])
+    exported = qdq.export_onnx(model, images[:2], tmp_path / "net.onnx")
+    assert "Sub" not in [node.op_type for node in onnx.load(exported.path).graph.node]
+    floor_db = qdq.measure_tie_floor(model, [images], expected=actual)
+    assert sqnr_db(actual, qdq.predict(exported.path, [images])) > min(floor_db - 3, 60)
+
+
+def test_an_input_behind_a_quantized_or_padding_pooling_stays(images):
+    reasons = []
+    for pool in (nn.AdaptiveAvgPool2d(2), nn.AvgPool2d(2, padding=1)):
+        model = Pooled(pool).eval()
+        qdq.predict(model, [images])  # makes the lazy layer
+        report = qdq.center_inputs(model, [images], include=["last.2", "first", "pool"])
+        reasons += [entry.reason for entry in report.inputs if entry.read_by == ("last.2",)]
+        assert report.float_db == float("inf")
+    assert reasons == [
+        "pool lies between it and the clamp, and is quantized itself",
+        "no clamp with two bounds, such as ReLU6, writes it",
+    ]
+
+
 def test_what_is_read_by_something_else_stays():
     class Shortcut(nn.Module):
         def __init__(self):

@@ -9,7 +9,9 @@ from qdq.graph.passes import run_passes
 GRAPH = """
 g (float[2,3,4,4] x) => (%s)
 <float[3,3,1,1] w = {1, -2, 0.5, 0.25, 1, 1, 3, -1, 2}, float[3] b = {1, 2, 3}, float low = {0}, float high = {6},
- float c = {2.5}, float other = {2}, float[1,1,1,1] ranked = {2.5}, float[3,1,1] channels = {1, 2, 3}>
+ float c = {2.5}, float other = {2}, float[1,1,1,1] ranked = {2.5}, float[3,1,1] channels = {1, 2, 3},
+ int64[1] last = {-1},
+ int64[4] four = {2, 3, 4, 4}>
 {
     p = Conv <kernel_shape = [1, 1]> (x, w%s)
     q = Clip (p, %s)
@@ -50,6 +52,52 @@ def test_a_bias_that_another_node_reads_stays():
         np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6)
     run_passes(model, [FoldOffsets()])
     assert "Sub" not in ops(model)
+
+
+ANY_SIZE = "float[a,b,c,d] y, float[e,f,g,h] z"
+POOLED = [
+    "p2 = MaxPool <kernel_shape = [2, 2], pads = [1, 1, 1, 1], strides = [2, 2]> (q)",
+    "p2 = AveragePool <kernel_shape = [2, 2]> (q)",
+    "p2 = AveragePool <kernel_shape = [2, 2], pads = [1, 1, 1, 1]> (q)",
+    "p2 = AveragePool <kernel_shape = [2, 2], count_include_pad = 1> (q)",
+    "p2 = GlobalAveragePool (q)",
+    "p2 = GlobalMaxPool (q)",
+    "p2 = ReduceMean <keepdims = 1> (q, last)",
+    "f = Flatten (q) p2 = Reshape (f, four)",
+    "u = Unsqueeze (q, last) p2 = Squeeze (u, last)",
+    "i = Identity (q) n = Shape (q) p2 = Reshape (i, n)",
+]
+PADDED = "p2 = AveragePool <kernel_shape = [2, 2], pads = [1, 1, 1, 1], count_include_pad = 1> (q)"
+SUMMED = "p2 = ReduceSum <keepdims = 1> (q, last)"
+
+
+@pytest.mark.parametrize("pooling", POOLED)
+def test_an_offset_behind_pooling_goes_into_bias_and_bounds(pooling):
+    model = build(
+        f"{pooling} d = Sub (p2, c) y = Neg (d) e = Sub (q, c) z = Abs (e)", outputs=ANY_SIZE
+    )
+    expected = compute(model)
+    run_passes(model, [FoldOffsets()])
+    assert "Sub" not in ops(model)
+    for name, values in compute(model).items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        f"{PADDED} d = Sub (p2, c) y = Neg (d) e = Sub (q, c) z = Abs (e)",
+        f"{SUMMED} d = Sub (p2, c) y = Neg (d) e = Sub (q, c) z = Abs (e)",
+        "p2 = GlobalAveragePool (q) d = Sub (p2, c) y = Neg (d) z = Abs (p2)",
+        "p2 = GlobalAveragePool (q) d = Sub (p2, other) y = Neg (d) e = Sub (q, c) z = Abs (e)",
+        "z = GlobalAveragePool (q) d = Sub (z, c) y = Neg (d)",
+    ],
+)
+def test_an_offset_stays_if_something_between_or_beside_reads_the_values(rest):
+    model = build(rest, outputs=ANY_SIZE)
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert not FoldOffsets()(model).modified
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize(
