@@ -361,7 +361,9 @@ class _Problem:
         output = product.compute(weight=weight)
         all_rows = product.rows_of(output)
         rows = all_rows[sample.positions].float()
-        x = product.patches_at(sample.positions, output.shape).float()  # [groups, N, K]
+        x = (
+            product.patches_at(sample.positions, output.shape).float().contiguous()
+        )  # [groups, N, K]
         groups, count, size = x.shape
         residual = _by_group(sample.rows - rows, groups)
         live = _by_group(sample.weigh(rows), groups)
@@ -375,12 +377,21 @@ class _Problem:
         counted = live
         if live.shape[1] > 1:
             counted = (sample.importance / sample.importance.sum()).expand_as(live[:, :1])
-        fit = _LeastSquares(x, residual, counted)
+        # Without their means, the sums of squares below do not cancel.
+        weight_of_row = counted / counted.sum(-1, keepdim=True).clamp_min(_TINY)
+        x -= weight_of_row @ x
+        residual -= (weight_of_row * residual).sum(-1, keepdim=True)
         move = torch.zeros_like(self._weight)
         if size <= _MOST_WEIGHTS:
             num_fitted = len(output) - len(output) // HELD_OUT
             positions_of_sample = len(all_rows) // len(output)
-            move = fit.choose_move(sample.positions >= num_fitted * positions_of_sample)
+            is_held = sample.positions >= num_fitted * positions_of_sample
+            fitted = _Sums.over(x, residual, counted * ~is_held)
+            judged = _Sums.over(x, residual, counted * is_held)
+            move = _choose_move(_LeastSquares(fitted), _LeastSquares(judged))
+            fit = _LeastSquares(fitted + judged)
+        else:
+            fit = _LeastSquares(_Sums.over(x, residual, counted))
         self._residual_error = fit.error(move)
 
         # A few samples do not determine many weights: then the elements off the diagonal count less. Pixels of an image
@@ -414,11 +425,12 @@ class _Problem:
         soft = self._soft
         optimizer = torch.optim.Adam([soft.logits], _LEARNING_RATE)
         unit = (self._diagonal.mean(-1, keepdim=True) / 6).clamp_min(_TINY)
+        factor = soft.span / unit
         for step in range(steps):
             with torch.enable_grad():
                 up = soft.up()
                 slope = self._gradient(soft.low + up.detach() * soft.span)
-                objective = (up * slope * soft.span / unit).sum()
+                objective = (up * (slope * factor)).sum()
                 objective = objective + penalize_soft(up, step, steps)
                 (soft.logits.grad,) = torch.autograd.grad(objective, soft.logits)
             optimizer.step()
@@ -454,27 +466,70 @@ class _Problem:
         return 2 * (codes - self._ideal) @ self._gram
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Weighted sums over some rows, from which those over more rows follow.
+
+    Args:
+        weight: Of the weights, `[groups, 1, 1]`.
+        x: Of the inputs, `[groups, 1, K]`.
+        residual: `[groups, filters of a group, 1]`.
+        x_x: Of the products of two inputs, `[groups, K, K]`.
+        residual_x: `[groups, filters of a group, K]`.
+        residual_residual: `[groups, filters of a group]`.
+    """
+
+    weight: torch.Tensor
+    x: torch.Tensor
+    residual: torch.Tensor
+    x_x: torch.Tensor
+    residual_x: torch.Tensor
+    residual_residual: torch.Tensor
+
+    @classmethod
+    def over(cls, x: torch.Tensor, residual: torch.Tensor, counted: torch.Tensor) -> _Sums:
+        """The sums over rows.
+
+        Args:
+            x: Quantized inputs of the patches, `[groups, N, K]`; their mean should be small beside their deviation.
+            residual: What the float weights leave, `[groups, filters of a group, N]`; likewise.
+            counted: Weight of each row, `[groups, 1, N]`.
+        """
+        root = counted.sqrt()
+        rooted_x = x * root.transpose(1, 2)
+        rooted_residual = residual * root
+        return cls(
+            weight=counted.sum(-1, keepdim=True),
+            x=root @ rooted_x,
+            residual=(rooted_residual * root).sum(-1, keepdim=True),
+            x_x=rooted_x.transpose(1, 2) @ rooted_x,
+            residual_x=rooted_residual @ rooted_x,
+            residual_residual=rooted_residual.square().sum(-1),
+        )
+
+    def __add__(self, other: _Sums) -> _Sums:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return _Sums(*(first + second for first, second in pairs))
+
+
 class _LeastSquares:
     """Moves of the weights that lower the residual, fitted to some rows.
 
     Args:
-        x: Quantized inputs of the patches, `[groups, N, K]`.
-        residual: What the float weights leave, `[groups, filters of a group, N]`.
-        counted: Weight of each row, `[groups, 1, N]`.
+        sums: Over these rows.
 
     Attributes:
         covariance: Of the inputs, `[groups, K, K]`.
     """
 
-    def __init__(self, x: torch.Tensor, residual: torch.Tensor, counted: torch.Tensor) -> None:
-        self._rows = (x, residual, counted)
-        weight = counted / counted.sum(-1, keepdim=True).clamp_min(_TINY)
-        root = weight.sqrt()
-        centered_x = (x - weight @ x) * root.transpose(1, 2)
-        centered_residual = (residual - (weight * residual).sum(-1, keepdim=True)) * root
-        self.covariance = centered_x.transpose(1, 2) @ centered_x
-        self._cross = centered_residual @ centered_x
-        self._variance = centered_residual.square().sum(-1)
+    def __init__(self, sums: _Sums) -> None:
+        weight = sums.weight.clamp_min(_TINY)
+        mean_x = sums.x / weight
+        mean_residual = sums.residual / weight
+        self.covariance = sums.x_x / weight - mean_x.transpose(1, 2) @ mean_x
+        self._cross = sums.residual_x / weight - mean_residual @ mean_x
+        variance = sums.residual_residual / weight[..., 0] - mean_residual[..., 0].square()
+        self._variance = variance.clamp_min(0)
 
     def error(self, move: torch.Tensor) -> torch.Tensor:
         """Mean squared residual of each filter with its best bias, `[groups, filters of a group]`.
@@ -501,30 +556,22 @@ class _LeastSquares:
             moves.append((shrunk @ vectors.transpose(1, 2)).float())
         return moves
 
-    def choose_move(self, is_held: torch.Tensor) -> torch.Tensor:
-        """The move with the penalty that has the least error on rows that it was not fitted to.
 
-        Args:
-            is_held: The rows that judge, bool `[N]`.
+def _choose_move(fitted: _LeastSquares, judged: _LeastSquares) -> torch.Tensor:
+    """The move with the penalty that has the least error on rows that it was not fitted to.
 
-        Returns:
-            The move, fitted to the other rows; 0 if no penalty lowers the error.
-        """
-        fitted, judged = self._select(~is_held), self._select(is_held)
-        moves = fitted.solve(_PENALTIES)
-        candidates = [torch.zeros_like(moves[0]), *moves]
-        errors = torch.stack([judged.error(move).sum() for move in candidates])
-        # Not indexed by a number: on a GPU that would wait.
-        return torch.stack(candidates).index_select(0, errors.argmin()[None])[0]
+    Args:
+        fitted: The rows that moves are fitted to.
+        judged: The rows that judge.
 
-    def _select(self, is_selected: torch.Tensor) -> _LeastSquares:
-        """Only some rows: the others weigh nothing.
-
-        Args:
-            is_selected: bool, `[N]`.
-        """
-        x, residual, counted = self._rows
-        return _LeastSquares(x, residual, counted * is_selected)
+    Returns:
+        The move; 0 if no penalty lowers the error.
+    """
+    moves = fitted.solve(_PENALTIES)
+    candidates = [torch.zeros_like(moves[0]), *moves]
+    errors = torch.stack([judged.error(move).sum() for move in candidates])
+    # Not indexed by a number: on a GPU that would wait.
+    return torch.stack(candidates).index_select(0, errors.argmin()[None])[0]
 
 
 def _anneal(step: int, steps: int) -> float:
