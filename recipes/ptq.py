@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 import qdq
 from qdq.cli.analyze import AnalysisOptions
 from qdq.cli.calibrate import CalibMethod
-from qdq.cli.main import PositiveInt, UInt32, run_command
-from qdq.cli.refusals import check_centering, check_layers, choose_extra_macs
+from qdq.cli.main import Parameter, PositiveInt, UInt32, run_command
+from qdq.cli.refusals import check_layers, choose_centering, choose_extra_macs
 from qdq.cli.targets import choose_targets
 from qdq.cli.workloads import DATA_FLAG, OutputOptions
 
@@ -35,7 +35,7 @@ def ptq(
     eval_images: PositiveInt = 500,
     analysis_images: PositiveInt = 32,
     analysis: AnalysisOptions = AnalysisOptions(),
-    center: bool = False,
+    center: Annotated[bool | None, Parameter(negative="--no-center")] = None,
     accuracy: Literal["fast", "balanced", "best"] = "fast",
     extra_macs: float | None = None,
     formats: str = "int8",
@@ -71,11 +71,12 @@ def ptq(
         analysis_images: Calibration samples for the sensitivity analysis.
         analysis: Options of the sensitivity analysis.
         center: Subtract the middle of the range from the inputs of int8 layers behind ReLU6 and other clamps with two
-            bounds: half of the step, and no operator more in the file.
+            bounds: half of the step, and no operator more in the file. By default with --accuracy balanced and best,
+            unless a format is fp8.
         accuracy: How much is done to come closer to the float model: fast corrects biases after the analysis, balanced
-            also splits channels before calibration and rounds weights for their outputs (minutes), best also
-            reconstructs blocks and fine-tunes weights without labels (many minutes). What does not help on held-out
-            calibration samples after the analysis is undone.
+            also splits channels and centers inputs before calibration, and rounds weights for their outputs (minutes),
+            best also reconstructs blocks and fine-tunes weights without labels (many minutes). What does not help on
+            held-out calibration samples after the analysis is undone.
         extra_macs: How many multiplications the model may have more, as a share: balanced and best make layers wider
             where split channels gain most. By default 0.05 with --max-float-layers 0; else 0, which keeps the size of
             every layer.
@@ -101,7 +102,7 @@ def ptq(
     qdq.check_run_folder(output, settings, target)
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
-    check_centering(center, format_names)
+    centers = choose_centering(center, format_names, accuracy)
     analysis_options = analysis.as_arguments()
     targets = choose_targets(
         target,
@@ -166,8 +167,9 @@ def ptq(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    if center:
-        qdq.center_inputs(net, calibration, exclude=exclude)
+    centering = None
+    if centers:
+        centering = qdq.center_inputs(net, calibration, exclude=exclude)
     splitting = None
     if split_macs is not None:
         splitting = qdq.split_channels(
@@ -291,6 +293,7 @@ def ptq(
             check=check,
             build=build,
             evaluation=evaluation,
+            centering=centering,
             splitting=splitting,
             steps=steps,
             formats=choice,

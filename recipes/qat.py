@@ -13,9 +13,9 @@ import qdq
 from qdq.cli.calibrate import CalibMethod
 from qdq.cli.main import NonNegativeInt, Parameter, PositiveInt, UInt32, run_command
 from qdq.cli.refusals import (
-    check_centering,
     check_layers,
     check_tuning,
+    choose_centering,
     choose_extra_macs,
     choose_patience,
 )
@@ -37,7 +37,7 @@ def qat(
     calib_batches: PositiveInt = 8,
     eval_images: PositiveInt = 500,
     max_float_layers: NonNegativeInt = 0,
-    center: bool = False,
+    center: Annotated[bool | None, Parameter(negative="--no-center")] = None,
     accuracy: Literal["fast", "balanced", "best"] = "fast",
     extra_macs: float | None = None,
     formats: str = "int8",
@@ -80,7 +80,8 @@ def qat(
         eval_images: Images, or other samples, to evaluate on.
         max_float_layers: The analysis leaves at most this many layers in float.
         center: Subtract the middle of the range from the inputs of int8 layers behind ReLU6 and other clamps with two
-            bounds: half of the step, and no operator more in the file.
+            bounds: half of the step, and no operator more in the file. By default with --accuracy balanced and best,
+            unless a format is fp8.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
             also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
             calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway. Channels
@@ -117,7 +118,7 @@ def qat(
     qdq.check_run_folder(output, settings)
     run_device = qdq.choose_device(device)
     format_names = qdq.parse_formats(formats)
-    check_centering(center, format_names)
+    centers = choose_centering(center, format_names, accuracy)
     (built_for,) = choose_targets(
         () if target is None else (target,),
         sm=sm,
@@ -177,8 +178,9 @@ def qat(
 
     run.stage("fold, swap, rewire")
     folded = qdq.fold_batchnorm(net, workload.example)
-    if center:
-        qdq.center_inputs(net, calibration, exclude=exclude)
+    centering = None
+    if centers:
+        centering = qdq.center_inputs(net, calibration, exclude=exclude)
     splitting = None
     if split_macs is not None:
         splitting = qdq.split_channels(
@@ -319,6 +321,7 @@ def qat(
         check=check,
         build=build,
         evaluation=evaluation,
+        centering=centering,
         splitting=splitting,
         steps=steps,
         tuning=tuning,

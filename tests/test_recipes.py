@@ -688,18 +688,55 @@ def test_wider_layers_reach_the_file(recipe, arguments, channels, tmp_path):
     assert diverge_run(run).divergence.first is None
 
 
+@pytest.mark.parametrize(
+    ("center", "formats", "accuracy", "expected"),
+    [
+        (None, ["int8"], "fast", False),
+        (None, ["int8"], "balanced", True),
+        (None, ["int8"], "best", True),
+        (None, ["int8", "fp8"], "best", False),
+        (True, ["int8"], "fast", True),
+        (False, ["int8"], "best", False),
+        (False, ["fp8"], "best", False),
+    ],
+)
+def test_inputs_are_centered_by_default_above_fast(center, formats, accuracy, expected):
+    from qdq.cli.refusals import choose_centering
+
+    assert choose_centering(center, formats, accuracy) is expected
+
+
 @pytest.mark.trt
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("recipe", [RECIPE, TUNING])
-def test_centered_inputs_reach_the_file_and_the_engine(recipe, tmp_path):
+def test_centering_can_be_left_out(tmp_path):
+    net, run = tmp_path / "net.py", tmp_path / "run"
+    net.write_text(CLAMPED)
+    arguments = ["--model", f"{net}:build", "--data", f"{net}:batches", "--calib-batches", "2"]
+    arguments += ["--eval-images", "4", "--max-float-layers", "0", "--accuracy", "balanced"]
+    code, errors = run_recipe(RECIPE, [*arguments, "--no-center", "--output", run], tmp_path)
+    assert code == 0, errors
+    assert json.loads((run / "report.json").read_text())["centering"] is None
+    assert "Centered inputs" not in (run / "report.txt").read_text()
+    assert 'id="centering"' not in (run / "report.html").read_text()
+
+
+@pytest.mark.trt
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (RECIPE, ["--center"]),
+        (RECIPE, ["--accuracy", "balanced"]),
+        (TUNING, ["--center", "--steps", "2"]),
+    ],
+)
+def test_centered_inputs_reach_the_file_and_the_engine(recipe, options, tmp_path):
     from qdq.diverge.of_run import diverge_run
 
     net, run = tmp_path / "net.py", tmp_path / "run"
     net.write_text(CLAMPED)
     arguments = ["--model", f"{net}:build", "--data", f"{net}:batches", "--calib-batches", "2"]
-    arguments += ["--eval-images", "4", "--max-float-layers", "0", "--center", "--output", run]
-    if recipe == TUNING:
-        arguments += ["--steps", "2"]
+    arguments += ["--eval-images", "4", "--max-float-layers", "0", "--output", run, *options]
     code, errors = run_recipe(recipe, arguments, tmp_path)
     assert code == 0, errors
     graph = onnx.load(run / "model.onnx").graph
@@ -711,4 +748,7 @@ def test_centered_inputs_reach_the_file_and_the_engine(recipe, tmp_path):
     report = json.loads((run / "report.json").read_text())
     assert report["summary"]["census"]["Int8"]["missing"] == []
     assert diverge_run(run).divergence.first is None
-    assert "1 of 3 inputs of layers centered" in (run / "run.log").read_text()
+    assert "1 of 3 inputs of layers centered" in (run / "report.txt").read_text()
+    (entry,) = (entry for entry in report["centering"]["inputs"] if not entry["reason"])
+    assert entry["read_by"] == ["2"] and entry["offset"] == pytest.approx(-low, abs=1e-5)
+    assert 'id="centering"' in (run / "report.html").read_text()

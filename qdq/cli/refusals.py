@@ -193,21 +193,26 @@ def check_formats(formats: Sequence[str], sm: int, method: str) -> None:
         require_method(method, FP8)
 
 
-def check_centering(center: bool, formats: Sequence[str]) -> None:
-    """Refuse to center inputs that become FP8, whose numbers are densest around 0.
+def choose_centering(center: bool | None, formats: Sequence[str], accuracy: str) -> bool:
+    """Whether inputs are centered: not if they become FP8, whose numbers are densest around 0.
 
     Args:
         center: As for --center.
         formats: As for `swap_modules`.
+        accuracy: As for --accuracy; by default "fast" does not center.
 
     Raises:
-        ArgumentError: Both are given.
+        ArgumentError: The option and FP8 are given.
     """
-    if center and FP8.name in formats:
+    has_fp8 = FP8.name in formats
+    if center is None:
+        return accuracy != "fast" and not has_fp8
+    if center and has_fp8:
         raise ArgumentError(
             "--center is given, and --formats has fp8: most values behind a ReLU6 are near 0, where FP8 is most exact.",
             "leave --center out, or use --formats int8.",
         )
+    return center
 
 
 def choose_extra_macs(

@@ -20,6 +20,7 @@ from qdq.text import MOST_CHARACTERS, make_printable, printable
 if TYPE_CHECKING:
     from torch import nn
 
+    from qdq.accuracy.centering import Centering
     from qdq.accuracy.splitting import Splitting
     from qdq.analyze import Analysis
     from qdq.build import BuildReport
@@ -132,6 +133,7 @@ class _StageResults:
     build: BuildReport
     evaluation: Evaluation
     tuning: TuningResult | None
+    centering: Centering | None
     splitting: Splitting | None
     steps: JudgedSteps | None
     formats: FormatChoice | None
@@ -151,6 +153,7 @@ def write_report(
     evaluation: Evaluation,
     *,
     tuning: TuningResult | None = None,
+    centering: Centering | None = None,
     splitting: Splitting | None = None,
     steps: JudgedSteps | None = None,
     formats: FormatChoice | None = None,
@@ -172,6 +175,7 @@ def write_report(
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, if there was any.
+        centering: From `center_inputs`, if inputs were centered.
         splitting: From `split_channels`, if channels were split.
         steps: From `recover_accuracy`: what every step was worth.
         formats: From `choose_formats`, if formats were chosen.
@@ -188,6 +192,7 @@ def write_report(
         build=build,
         evaluation=evaluation,
         tuning=tuning,
+        centering=centering,
         splitting=splitting,
         steps=steps,
         formats=formats,
@@ -239,12 +244,6 @@ def _collect_sections(
     layers: list[LayerRecord],
 ) -> dict[str, Any]:
     """The content of `report.json`."""
-    tuning = None
-    if results.tuning is not None:
-        tuning = {**to_jsonable(results.tuning), "text": results.tuning.format_table()}
-    splitting = None
-    if results.splitting is not None:
-        splitting = {**to_jsonable(results.splitting), "text": results.splitting.format_table()}
     target = None
     if run.target:
         target = {"name": run.target, "sm": find_target_sm(run.target)}
@@ -261,10 +260,11 @@ def _collect_sections(
         "analysis": results.analysis,
         "steps": results.steps,
         "fold": results.folded,
-        "splitting": splitting,
+        "centering": _add_text(results.centering),
+        "splitting": _add_text(results.splitting),
         "swap": results.plan,
         "rewire": results.rewired,
-        "tuning": tuning,
+        "tuning": _add_text(results.tuning),
         "calibration": results.ranges,
         "export": results.exported,
         "check": results.check,
@@ -342,6 +342,13 @@ def _list_findings(results: _StageResults) -> list[str]:
 # report.txt
 
 
+def _add_text(result: Centering | Splitting | TuningResult | None) -> dict[str, Any] | None:
+    """A result with its table as `text`; None if there is none."""
+    if result is None:
+        return None
+    return {**to_jsonable(result), "text": result.format_table()}
+
+
 def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults) -> str:
     """One block for each stage: a title, and below it its table."""
     missed = sections["summary"]["missed_modules"]
@@ -355,6 +362,8 @@ def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults
         "Model": sections["model"],
         "Data": _join_lines(f"{title}: {data[title]}" for title in titles_of_data),
     }
+    if printable_results.centering is not None:
+        blocks["Centered inputs"] = printable_results.centering.format_table()
     if printable_results.splitting is not None:
         blocks["Split channels"] = printable_results.splitting.format_table()
     blocks |= {

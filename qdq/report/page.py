@@ -277,6 +277,7 @@ def _view(report: StoredReport, targets: Sequence[TargetResult]) -> dict[str, An
         "bars": draw_bars(report),
         "output_states": _list_output_states(data["analysis"]),
         "curve": draw_curve(report),
+        "centering": data.get("centering"),
         "splitting": data.get("splitting"),
         "steps": data.get("steps"),
         "step_changes": _list_changes(data.get("steps")),

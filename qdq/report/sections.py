@@ -296,6 +296,23 @@ class JudgedSteps(TypedDict):
     notes: list[str]
 
 
+class CenteredInput(TypedDict):
+    """A tensor that may be centered."""
+
+    read_by: list[str]
+    offset: float
+    gain_db: float
+    reason: str
+
+
+class Centering(TypedDict):
+    """The section `centering`."""
+
+    inputs: list[CenteredInput]
+    float_db: float | None
+    text: str
+
+
 class SplitPath(TypedDict):
     """A path along which channels may be split."""
 
@@ -331,6 +348,7 @@ class StoredSections(TypedDict):
     formats: NotRequired[Formats | None]
     analysis: Analysis
     fold: list[FoldedPair]
+    centering: NotRequired[Centering | None]
     splitting: NotRequired[Splitting | None]
     swap: Swap
     rewire: Rewire
