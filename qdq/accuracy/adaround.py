@@ -377,21 +377,17 @@ class _Problem:
         counted = live
         if live.shape[1] > 1:
             counted = (sample.importance / sample.importance.sum()).expand_as(live[:, :1])
-        # Without their means, the sums of squares below do not cancel.
-        weight_of_row = counted / counted.sum(-1, keepdim=True).clamp_min(_TINY)
-        x -= weight_of_row @ x
-        residual -= (weight_of_row * residual).sum(-1, keepdim=True)
         move = torch.zeros_like(self._weight)
         if size <= _MOST_WEIGHTS:
             num_fitted = len(output) - len(output) // HELD_OUT
             positions_of_sample = len(all_rows) // len(output)
             is_held = sample.positions >= num_fitted * positions_of_sample
-            fitted = _Sums.over(x, residual, counted * ~is_held)
-            judged = _Sums.over(x, residual, counted * is_held)
+            fitted = _Moments.of_rows(x, residual, counted * ~is_held)
+            judged = _Moments.of_rows(x, residual, counted * is_held)
             move = _choose_move(_LeastSquares(fitted), _LeastSquares(judged))
             fit = _LeastSquares(fitted + judged)
         else:
-            fit = _LeastSquares(_Sums.over(x, residual, counted))
+            fit = _LeastSquares(_Moments.of_rows(x, residual, counted))
         self._residual_error = fit.error(move)
 
         # A few samples do not determine many weights: then the elements off the diagonal count less. Pixels of an image
@@ -467,16 +463,16 @@ class _Problem:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Weighted sums over some rows, from which those over more rows follow.
+class _Moments:
+    """Weighted means and central moments of some rows, from which those of more rows follow.
 
     Args:
-        weight: Of the weights, `[groups, 1, 1]`.
-        x: Of the inputs, `[groups, 1, K]`.
-        residual: `[groups, filters of a group, 1]`.
-        x_x: Of the products of two inputs, `[groups, K, K]`.
-        residual_x: `[groups, filters of a group, K]`.
-        residual_residual: `[groups, filters of a group]`.
+        weight: Sum of the weights, `[groups, 1, 1]`.
+        x: Mean of the inputs, `[groups, 1, K]`.
+        residual: Mean of the residual, `[groups, filters of a group, 1]`.
+        x_x: Sums of the products of two inputs, without their means, `[groups, K, K]`.
+        residual_x: The same of residual and input, `[groups, filters of a group, K]`.
+        residual_residual: The same of the squares of the residual, `[groups, filters of a group]`.
     """
 
     weight: torch.Tensor
@@ -487,49 +483,67 @@ class _Sums:
     residual_residual: torch.Tensor
 
     @classmethod
-    def over(cls, x: torch.Tensor, residual: torch.Tensor, counted: torch.Tensor) -> _Sums:
-        """The sums over rows.
+    def of_rows(cls, x: torch.Tensor, residual: torch.Tensor, counted: torch.Tensor) -> _Moments:
+        """The moments of rows.
 
         Args:
-            x: Quantized inputs of the patches, `[groups, N, K]`; their mean should be small beside their deviation.
-            residual: What the float weights leave, `[groups, filters of a group, N]`; likewise.
+            x: Quantized inputs of the patches, `[groups, N, K]`.
+            residual: What the float weights leave, `[groups, filters of a group, N]`.
             counted: Weight of each row, `[groups, 1, N]`.
         """
+        weight = counted.sum(-1, keepdim=True)
+        share = counted / weight.clamp_min(_TINY)
+        mean_x = share @ x
+        mean_residual = (share * residual).sum(-1, keepdim=True)
         root = counted.sqrt()
-        rooted_x = x * root.transpose(1, 2)
-        rooted_residual = residual * root
+        rooted_x = (x - mean_x).mul_(root.transpose(1, 2))
+        rooted_residual = (residual - mean_residual).mul_(root)
         return cls(
-            weight=counted.sum(-1, keepdim=True),
-            x=root @ rooted_x,
-            residual=(rooted_residual * root).sum(-1, keepdim=True),
+            weight=weight,
+            x=mean_x,
+            residual=mean_residual,
             x_x=rooted_x.transpose(1, 2) @ rooted_x,
             residual_x=rooted_residual @ rooted_x,
             residual_residual=rooted_residual.square().sum(-1),
         )
 
-    def __add__(self, other: _Sums) -> _Sums:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Sums(*(first + second for first, second in pairs))
+    def __add__(self, other: _Moments) -> _Moments:
+        """The moments of both sets of rows (Chan, Golub, LeVeque, 1979: no sums that cancel)."""
+        weight = self.weight + other.weight
+        share = other.weight / weight.clamp_min(_TINY)
+        distance_x = other.x - self.x
+        distance_residual = other.residual - self.residual
+        between = self.weight * share
+        squared_distance = distance_residual[..., 0].square()
+        return _Moments(
+            weight=weight,
+            x=self.x + share * distance_x,
+            residual=self.residual + share * distance_residual,
+            x_x=self.x_x + other.x_x + between * distance_x.transpose(1, 2) @ distance_x,
+            residual_x=self.residual_x
+            + other.residual_x
+            + between * distance_residual @ distance_x,
+            residual_residual=self.residual_residual
+            + other.residual_residual
+            + between[..., 0] * squared_distance,
+        )
 
 
 class _LeastSquares:
     """Moves of the weights that lower the residual, fitted to some rows.
 
     Args:
-        sums: Over these rows.
+        moments: Of these rows.
 
     Attributes:
         covariance: Of the inputs, `[groups, K, K]`.
     """
 
-    def __init__(self, sums: _Sums) -> None:
-        weight = sums.weight.clamp_min(_TINY)
-        mean_x = sums.x / weight
-        mean_residual = sums.residual / weight
-        self.covariance = sums.x_x / weight - mean_x.transpose(1, 2) @ mean_x
-        self._cross = sums.residual_x / weight - mean_residual @ mean_x
-        variance = sums.residual_residual / weight[..., 0] - mean_residual[..., 0].square()
-        self._variance = variance.clamp_min(0)
+    def __init__(self, moments: _Moments) -> None:
+        weight = moments.weight.clamp_min(_TINY)
+        self.covariance = moments.x_x / weight
+        self._cross = moments.residual_x / weight
+        self._variance = moments.residual_residual / weight[..., 0]
 
     def error(self, move: torch.Tensor) -> torch.Tensor:
         """Mean squared residual of each filter with its best bias, `[groups, filters of a group]`.

@@ -29,7 +29,7 @@ from qdq import (
     round_weights,
     swap_modules,
 )
-from qdq.accuracy.adaround import _LeastSquares, _Sums
+from qdq.accuracy.adaround import _LeastSquares, _Moments
 from qdq.quantize import quantize_codes
 from qdq.quantizer import disable_quantization
 
@@ -104,7 +104,7 @@ def test_moves_are_the_least_squares_of_the_rows(groups):
     torch.manual_seed(4)
     x, residual = torch.randn(groups, 64, 8), torch.randn(groups, 5, 64)
     counted = torch.rand(groups, 1, 64)
-    fit = _LeastSquares(_Sums.over(x, residual, counted))
+    fit = _LeastSquares(_Moments.of_rows(x, residual, counted))
     weight = (counted / counted.sum(-1, keepdim=True)).double()
     for penalty, move in zip([0.1, 1.0], fit.solve([0.1, 1.0]), strict=True):
         wanted = move.double().requires_grad_()
@@ -117,15 +117,15 @@ def test_moves_are_the_least_squares_of_the_rows(groups):
         assert gradient.abs().max() < 1e-5
 
 
-def test_the_sums_of_two_parts_are_those_of_all_rows():
+def test_the_moments_of_two_parts_are_those_of_all_rows():
     """Against the definition of covariance and error in float64; the parts have other means."""
     torch.manual_seed(5)
     x, residual = torch.randn(3, 64, 8), torch.randn(3, 5, 64)
-    x[:, :20] += 2
-    residual[..., :20] -= 1
+    x[:, :20] += 10
+    residual[..., :20] -= 5
     counted = torch.rand(3, 1, 64)
     is_held = torch.arange(64) < 20
-    parts = [_Sums.over(x, residual, counted * rows) for rows in (is_held, ~is_held)]
+    parts = [_Moments.of_rows(x, residual, counted * rows) for rows in (is_held, ~is_held)]
     fit = _LeastSquares(parts[0] + parts[1])
     weight = (counted / counted.sum(-1, keepdim=True)).double()
     centered = x.double() - weight @ x.double()
@@ -135,7 +135,14 @@ def test_the_sums_of_two_parts_are_those_of_all_rows():
     variance -= (weight * residual.double()).sum(-1).square()
     error = fit.error(torch.zeros(3, 5, 8)).double()
     torch.testing.assert_close(error, variance, atol=1e-5, rtol=0)
-    empty = _LeastSquares(_Sums.over(x, residual, counted * 0))
+    x[:, :20] += 500  # far from the others beside their deviation
+    part = _LeastSquares(_Moments.of_rows(x, residual, counted * is_held))
+    rows = x[:, :20].double()
+    weight = (counted / counted[..., :20].sum(-1, keepdim=True)).double()[..., :20]
+    centered = rows - weight @ rows
+    covariance = (centered * weight.transpose(1, 2)).transpose(1, 2) @ centered
+    torch.testing.assert_close(part.covariance.double(), covariance, atol=1e-4, rtol=0)
+    empty = _LeastSquares(_Moments.of_rows(x, residual, counted * 0))
     assert empty.covariance.abs().max() == empty.error(torch.ones(3, 5, 8)).abs().max() == 0
 
 
@@ -145,7 +152,7 @@ def test_the_weight_of_an_input_that_hardly_varies_stays():
     x = torch.randn(1, 64, 8)
     x[..., 0] = 0
     x[0, 5, 0] = 1e-3
-    fit = _LeastSquares(_Sums.over(x, torch.randn(1, 4, 64), torch.ones(1, 1, 64)))
+    fit = _LeastSquares(_Moments.of_rows(x, torch.randn(1, 4, 64), torch.ones(1, 1, 64)))
     for move in fit.solve([10.0, 0.01]):
         assert move[..., 0].abs().max() < 0.1
 
