@@ -245,11 +245,18 @@ class Dataflow:
         return any(reader.function in CONTRACTIONS for reader in readers)
 
     def _reads_pooled(self, operation: Operation) -> bool:
-        """Whether the input of a call is a pooled map, directly or through activations and copies."""
+        """Whether the input of a call is a pooled map, directly or through activations, copies and offsets."""
         producer = self._producers.get(operation.inputs[0])
-        while producer is not None and producer.function in _FUSED | COPIES:
+        while producer is not None and (
+            producer.function in _FUSED | COPIES or self._subtracts_constant(producer)
+        ):
             producer = self._producers.get(producer.inputs[0])
         return producer is not None and producer.function in AVERAGES
+
+    def _subtracts_constant(self, operation: Operation) -> bool:
+        """Whether a call subtracts what does not depend on the input of the network, as a centered layer does."""
+        computed = [self.is_computed(value) for value in operation.inputs]
+        return operation.function == "sub" and computed[0] and not any(computed[1:])
 
     def attention_products(self) -> list[Operation]:
         """The products of attention that is written out: one before a softmax, and one that reads the softmax."""

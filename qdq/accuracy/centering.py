@@ -40,8 +40,16 @@ from qdq.dataflow import Dataflow, clamp_of
 from qdq.device import without_tf32
 from qdq.errors import ArgumentError, ArgumentTypeError
 from qdq.forward import Operation, call_model, evaluating, require_model, trace_forward
-from qdq.functions import CONVOLUTIONS, LINEAR, SHIFT_KEEPERS
+from qdq.functions import (
+    ADAPTIVE_AVERAGE_POOLINGS,
+    AVERAGES,
+    CONVOLUTIONS,
+    LINEAR,
+    MAX_POOLINGS,
+    SHIFT_KEEPERS,
+)
 from qdq.nn.scaling import is_shifted, shift_input, unshift_input
+from qdq.outputs import Mask, OutputView, Selection
 from qdq.patterns import Pattern
 from qdq.quantize import fake_quantize
 from qdq.swap import SwapPlan, plan_swap
@@ -54,6 +62,7 @@ _VALUES = 65536  # of a tensor, on which ranges are compared
 # The terms of a sum grow by the offset, and their rounding with them. A mean that moves wrongly costs much more.
 _ROUNDING_DB = 20.0
 _LEAST_FLOAT_DB = 30.0  # of models in half precision, whose parameters are rounded coarsely
+_POOLINGS = AVERAGES | MAX_POOLINGS
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -111,6 +120,8 @@ def center_inputs(
     least_db: float = 3.0,
     include: Iterable[Pattern] | None = None,
     exclude: Iterable[Pattern] = (),
+    outputs: Selection | None = None,
+    mask: Mask | None = None,
 ) -> Centering:
     """Subtract the middle of the range from inputs behind ReLU6 and other clamps with two bounds; in place.
 
@@ -124,14 +135,16 @@ def center_inputs(
         least_db: The least gain for which an input is centered, in dB.
         include: As for `swap_modules`: layers that it would leave in float are left alone.
         exclude: Likewise.
+        outputs: Parts of the outputs that must not change, as for `predictor.predict`; None for all.
+        mask: What leaves padding out of them, likewise.
 
     Returns:
         The inputs of all layers that `swap_modules` would quantize, and how exactly the float model was preserved.
 
     Raises:
-        ArgumentError: `least_db` is not finite.
+        ArgumentError: `least_db` is not finite, or outputs that do not exist.
         ArgumentTypeError: One tensor or dictionary instead of batches, or `least_db` is not a number.
-        DataError: No batch with samples.
+        DataError: No batch with samples, or the mask fits no output.
         StateError: The model is swapped already, or its outputs hold NaN or Inf.
     """
     require_model(model)
@@ -142,16 +155,39 @@ def center_inputs(
         )
     if not isfinite(least_db):
         raise ArgumentError(f"least_db is {least_db}.", "pass a finite number of decibels.")
+    view = OutputView(outputs, mask)
     samples = list_filled_batches(batches)
     plan = plan_swap(model, samples[0], include=include, exclude=exclude)
     groups = _find_groups(model, samples[0], plan)
-    expected = _observe(model, samples, groups)
+    float_db = inf
+    if any(not group.reason for group in groups):  # most networks have no such clamp
+        float_db = _center(model, groups, samples, view, least_db)
+    result = Centering(tuple(group.result for group in groups), float_db)
+    logger.info("%s", result.format_table())
+    return result
+
+
+def _center(
+    model: nn.Module,
+    groups: list[_Group],
+    samples: list[Any],
+    view: OutputView,
+    least_db: float,
+) -> float:
+    """Center the groups that gain enough.
+
+    Returns:
+        SQNR of the outputs against those before, in dB.
+    """
+    expected = _observe(model, samples, view, groups)
     for group in groups:
         group.decide(least_db)
+    if all(group.reason for group in groups):
+        return inf
     try:
         for group in groups:
             group.apply()
-        float_db = min(list_decibels(expected, _observe(model, samples)).values())
+        float_db = min(list_decibels(expected, _observe(model, samples, view)).values())
     except BaseException:
         for group in groups:
             group.undo("interrupted")
@@ -159,10 +195,8 @@ def center_inputs(
     if float_db < max(rounding_db(model) - _ROUNDING_DB, _LEAST_FLOAT_DB):
         for group in groups:
             group.undo(f"undone: it changed the float outputs, SQNR {float_db:.1f} dB")
-        float_db = min(list_decibels(expected, _observe(model, samples)).values())
-    result = Centering(tuple(group.result for group in groups), float_db)
-    logger.info("%s", result.format_table())
-    return result
+        float_db = min(list_decibels(expected, _observe(model, samples, view)).values())
+    return float_db
 
 
 @dataclass
@@ -198,6 +232,8 @@ class _Group:
             count: Number of values to keep.
             generator: Draws them.
         """
+        if not x.numel():
+            return
         self.low = min(self.low, float(x.min()))
         self.high = max(self.high, float(x.max()))
         self.values.append(_draw(x.detach().float().flatten(), count, generator))
@@ -206,6 +242,9 @@ class _Group:
     def decide(self, least_db: float) -> None:
         """Find the best offset, and leave the group unchanged if it gains too little."""
         if self.reason:
+            return
+        if not self.values:
+            self.reason = "it is empty in the batches"
             return
         values = torch.cat(self.values)
         self.values.clear()
@@ -301,17 +340,19 @@ def _reason_against_tensor(
     """
     path = [value]
     producer = flow.producer_of(value)
-    while producer is not None and _keeps_shift(producer):
-        if producer.module in quantized:
+    while producer is not None and _keeps_shift(flow, producer):
+        if producer.function in _POOLINGS and producer.module in quantized:
             return f"{producer.module} lies between it and the clamp, and is quantized itself"
         path.append(producer.inputs[0])
         producer = flow.producer_of(path[-1])
+    if producer is not None and producer.function in _POOLINGS:
+        return f"{producer.function} before it may read padding, or has windows of several sizes"
     bounds = None if producer is None else clamp_of(producer)
     if producer is None or bounds is None or not all(map(isfinite, bounds)):
         return "no clamp with two bounds, such as ReLU6, writes it"
     if not _has_bias_before(flow, producer):
         return "no convolution with a bias, or linear layer of rows, is before its clamp"
-    if not set(flow.outputs).isdisjoint(path):
+    if not set(flow.outputs).isdisjoint([*path, *producer.inputs]):
         return "it is an output of the model"
     for tensor in path:
         for reader in flow.list_readers(tensor):
@@ -321,9 +362,16 @@ def _reason_against_tensor(
     return ""
 
 
-def _keeps_shift(operation: Operation) -> bool:
-    """Whether the result of a function of one tensor moves by as much as its input."""
-    return operation.function in SHIFT_KEEPERS and len(operation.inputs) == 1
+def _keeps_shift(flow: Dataflow, operation: Operation) -> bool:
+    """Whether the result of a function of one tensor moves by as much as its input, as one operator of the file."""
+    if operation.function not in SHIFT_KEEPERS or len(operation.inputs) > 1:
+        return False
+    if operation.function not in ADAPTIVE_AVERAGE_POOLINGS:
+        return True
+    # Windows of several sizes become many operators.
+    sizes = flow.shapes[operation.inputs[0]][2:]
+    wanted = flow.shapes[operation.outputs[0]][2:]
+    return all(size % number == 0 for size, number in zip(sizes, wanted, strict=False))
 
 
 def _has_bias_before(flow: Dataflow, clamp: Operation) -> bool:
@@ -341,9 +389,11 @@ def _has_bias_before(flow: Dataflow, clamp: Operation) -> bool:
     return is_convolution or (product.function in LINEAR and len(flow.shapes[value]) == 2)
 
 
-def _observe(model: nn.Module, batches: list[Any], groups: Iterable[_Group] = ()) -> FlatArrays:
+def _observe(
+    model: nn.Module, batches: list[Any], view: OutputView, groups: Iterable[_Group] = ()
+) -> FlatArrays:
     """Run all batches, collect the values of the groups, and return the outputs by name."""
-    outputs = FlatOutputs()
+    outputs = FlatOutputs(view)
     count = max(1, _VALUES // len(batches))
     generator = torch.Generator().manual_seed(0)
     with ExitStack() as hooks, evaluating(model):

@@ -9,30 +9,25 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qdq.graph.edits import add_initializer, find_free_name, remove_if_unread, remove_if_unused
-from qdq.graph.pairs import constant_of, input_of, is_op, producer_of
+from qdq.graph.pairs import COPY_OPS, constant_of, input_of, is_op, producer_of
 
-_BIAS = 2  # the input of Conv and Gemm
+_BIAS = 2  # the input of Conv, ConvTranspose and Gemm
 # The operators whose output moves by as much as their input; AveragePool does without the zeros of a padding.
-_SHIFT_KEEPERS = frozenset(
-    {
-        "Flatten",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "Identity",
-        "MaxPool",
-        "ReduceMean",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-    }
-)
+_SHIFT_KEEPERS = COPY_OPS | {
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "Identity",
+    "MaxPool",
+    "ReduceMax",
+    "ReduceMean",
+}
 
 
 class FoldOffsets(ir.passes.InPlacePass):
     """Conv or Gemm -> Clip -> Sub of a constant becomes Conv or Gemm -> Clip with other bounds.
 
     clip(x, low, high) - c = clip(x - c, low - c, high - c), and x - c is the same product with another bias. So the
-    operators are those of a model without Sub, which TensorRT fuses. Pooling and reshapes may lie between the Clip and
+    operators are those of a model without Sub, which TensorRT fuses. Pooling and copies may lie between the Clip and
     the Sub. All readers of the Clip must be such a Sub with one constant, and nothing else may read the product.
     Elsewhere the Sub stays. A sum may differ in its last bit.
     """
@@ -79,11 +74,14 @@ def _adds_bias(product: ir.Node) -> bool:
     """Whether a node adds its third input as it is: `beta` of Gemm would multiply it."""
     if is_op(product, "Gemm"):
         return product.attributes.get_float("beta", 1.0) == 1.0
-    return is_op(product, "Conv")
+    return is_op(product, "Conv", "ConvTranspose")
 
 
 def _find_subtractions(node: ir.Node) -> list[ir.Node]:
-    """The Sub nodes that read a node, directly or through operators that keep a shift; [] if other nodes do."""
+    """The Sub nodes that read a node, directly or through operators that keep a shift; [] if other nodes do.
+
+    Nodes that read only the shape do not count.
+    """
     output = node.outputs[0]
     if output.is_graph_output() or any(other.uses() for other in node.outputs[1:]):
         return []
@@ -112,8 +110,8 @@ def _keeps_shift(node: ir.Node) -> bool:
         pads = attributes.get_ints("pads", [])
         counts_zeros = bool(attributes.get_int("count_include_pad", 0))
         can_pad = any(pads) or attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
-        is_short = bool(attributes.get_int("ceil_mode", 0))
-        return not (counts_zeros and (can_pad or is_short))
+        can_overrun = bool(attributes.get_int("ceil_mode", 0))
+        return not (counts_zeros and (can_pad or can_overrun))
     return is_op(node, *_SHIFT_KEEPERS)
 
 

@@ -135,9 +135,16 @@ class GlobalMean(nn.Module):
         return x.mean((2, 3))
 
 
-@pytest.mark.parametrize(
-    "pool", [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2, padding=1), GlobalMean()]
-)
+POOLS = [
+    nn.AdaptiveAvgPool2d(1),
+    nn.AdaptiveAvgPool2d(5),
+    nn.AdaptiveMaxPool2d(1),
+    nn.MaxPool2d(2, padding=1),
+    GlobalMean(),
+]
+
+
+@pytest.mark.parametrize("pool", POOLS)
 def test_an_input_behind_pooling_is_centered(pool, images, tmp_path):
     model = Pooled(pool).eval()
     expected = qdq.predict(model, [images])
@@ -157,16 +164,61 @@ def test_an_input_behind_pooling_is_centered(pool, images, tmp_path):
 
 def test_an_input_behind_a_quantized_or_padding_pooling_stays(images):
     reasons = []
-    for pool in (nn.AdaptiveAvgPool2d(2), nn.AvgPool2d(2, padding=1)):
+    for pool in (nn.AdaptiveAvgPool2d(2), nn.AvgPool2d(2, padding=1), nn.AdaptiveAvgPool2d(3)):
         model = Pooled(pool).eval()
         qdq.predict(model, [images])  # makes the lazy layer
         report = qdq.center_inputs(model, [images], include=["last.2", "first", "pool"])
         reasons += [entry.reason for entry in report.inputs if entry.read_by == ("last.2",)]
-        assert report.float_db == float("inf")
+    rest = "before it may read padding, or has windows of several sizes"
     assert reasons == [
         "pool lies between it and the clamp, and is quantized itself",
-        "no clamp with two bounds, such as ReLU6, writes it",
+        f"avg_pool2d {rest}",
+        f"adaptive_avg_pool2d {rest}",
     ]
+
+
+def test_a_classifier_behind_pooling_that_is_a_convolution_stays_quantized(images):
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU6(), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Conv2d(16, 32, 1), nn.Flatten()).eval()
+    before = qdq.plan_swap(model, images[:2]).of("quantize")
+    report = qdq.center_inputs(model, [images])
+    assert [entry.read_by for entry in report.inputs if not entry.reason] == [("3",)]
+    assert qdq.plan_swap(model, images[:2]).of("quantize") == before
+
+
+class ManyOutputs(nn.Module):
+    """One output is -inf in places; one layer gets no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1)
+        self.before, self.rare = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1)
+        self.register_buffer("rows", torch.zeros(0, dtype=torch.long))
+
+    def forward(self, x):
+        y = self.second(self.first(4 * x).clamp(0, 6))
+        rare = self.rare(self.before(x[self.rows]).clamp(0, 6))
+        return {"y": y, "masked": torch.where(y > 0, y, -torch.inf), "rare": rare}
+
+
+def test_outputs_that_do_not_count_and_empty_tensors(images):
+    model = ManyOutputs().eval()
+    include = ["second", "rare"]
+    with pytest.raises(qdq.StateError, match="NaN or Inf"):
+        qdq.center_inputs(copy.deepcopy(model), [images], include=include)
+    report = qdq.center_inputs(model, [images], include=include, outputs={"y": "y"})
+    reasons = {entry.read_by: entry.reason for entry in report.inputs}
+    assert reasons == {("second",): "", ("rare",): "it is empty in the batches"}
+    assert report.float_db > 100
+
+
+def test_a_network_without_such_clamps_does_not_run(images, monkeypatch):
+    from qdq.accuracy import centering
+
+    monkeypatch.setattr(centering, "call_model", None)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    report = qdq.center_inputs(model, [images], include=["*"])
+    assert all(entry.reason for entry in report.inputs) and report.float_db == float("inf")
 
 
 def test_what_is_read_by_something_else_stays():

@@ -11,7 +11,7 @@ g (float[2,3,4,4] x) => (%s)
 <float[3,3,1,1] w = {1, -2, 0.5, 0.25, 1, 1, 3, -1, 2}, float[3] b = {1, 2, 3}, float low = {0}, float high = {6},
  float c = {2.5}, float other = {2}, float[1,1,1,1] ranked = {2.5}, float[3,1,1] channels = {1, 2, 3},
  int64[1] last = {-1},
- int64[4] four = {2, 3, 4, 4}>
+ int64[4] four = {2, 3, 4, 4}, int64[96] order = {%s}>
 {
     p = Conv <kernel_shape = [1, 1]> (x, w%s)
     q = Clip (p, %s)
@@ -23,7 +23,8 @@ OUTPUTS = "float[2,3,4,4] y, float[2,3,4,4] z"
 
 
 def build(rest=TWO, *, bias=", b", bounds="low, high", outputs=OUTPUTS):
-    return read(GRAPH % (outputs, bias, bounds, rest))
+    order = ", ".join(map(str, range(95, -1, -1)))
+    return read(GRAPH % (outputs, order, bias, bounds, rest))
 
 
 def test_the_offset_goes_into_bias_and_bounds():
@@ -64,6 +65,7 @@ POOLED = [
     "p2 = GlobalMaxPool (q)",
     "p2 = ReduceMean <keepdims = 1> (q, last)",
     "f = Flatten (q) p2 = Reshape (f, four)",
+    "n = Shape (q) r = Reshape (q, last) m = Reshape (order, n) p2 = Gather <axis = 0> (r, m)",
     "u = Unsqueeze (q, last) p2 = Squeeze (u, last)",
     "i = Identity (q) n = Shape (q) p2 = Reshape (i, n)",
 ]
