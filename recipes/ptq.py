@@ -169,7 +169,7 @@ def ptq(
     folded = qdq.fold_batchnorm(net, workload.example)
     centering = None
     if centers:
-        centering = qdq.center_inputs(net, calibration, exclude=exclude)
+        centering = qdq.center_inputs(net, calibration, exclude=exclude, **view)
     splitting = None
     if split_macs is not None:
         splitting = qdq.split_channels(

@@ -83,9 +83,9 @@ def qat(
             bounds: half of the step, and no operator more in the file. By default with --accuracy balanced and best,
             unless a format is fp8.
         accuracy: How much is done before fine-tuning to start closer to the float model: fast corrects biases, balanced
-            also rounds weights for their outputs, best also reconstructs blocks. What does not help on held-out
-            calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway. Channels
-            are always split if a layer may be int8.
+            also centers inputs and rounds weights for their outputs, best also reconstructs blocks. What does not help
+            on held-out calibration samples is undone. best does not fine-tune here, because fine-tuning follows anyway.
+            Channels are always split if a layer may be int8.
         extra_macs: How many multiplications the model may have more, as a share: layers become wider where split
             channels gain most. By default 0.05 without float layers; else 0, which keeps the size of every layer.
         formats: Formats of the quantized layers: int8, fp8 or int8,fp8. fp8 needs a GPU of compute capability 8.9 or
@@ -99,7 +99,7 @@ def qat(
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
         layers: Train only these layers; patterns as for exclude. All layers if left out.
-        schedule: Length and learning rates. With accuracy balanced or best, training stops by default after 5
+        schedule: Length and learning rates. With accuracy balanced or best, training stops by default after 3
             measurements in a row that were not better; there are about 10.
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.
@@ -180,7 +180,7 @@ def qat(
     folded = qdq.fold_batchnorm(net, workload.example)
     centering = None
     if centers:
-        centering = qdq.center_inputs(net, calibration, exclude=exclude)
+        centering = qdq.center_inputs(net, calibration, exclude=exclude, **view)
     splitting = None
     if split_macs is not None:
         splitting = qdq.split_channels(

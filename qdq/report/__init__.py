@@ -175,7 +175,7 @@ def write_report(
         build: From `build_engine`.
         evaluation: From `evaluate_outputs`.
         tuning: From fine-tuning, if there was any.
-        centering: From `center_inputs`, if inputs were centered.
+        centering: From `center_inputs`, if it was called.
         splitting: From `split_channels`, if channels were split.
         steps: From `recover_accuracy`: what every step was worth.
         formats: From `choose_formats`, if formats were chosen.
@@ -235,6 +235,13 @@ def _describe_layers(
 
 
 # report.json
+
+
+def _add_text(result: Centering | Splitting | TuningResult | None) -> dict[str, Any] | None:
+    """A result with its table as `text`; None if there is none."""
+    if result is None:
+        return None
+    return {**to_jsonable(result), "text": result.format_table()}
 
 
 def _collect_sections(
@@ -340,13 +347,6 @@ def _list_findings(results: _StageResults) -> list[str]:
 
 
 # report.txt
-
-
-def _add_text(result: Centering | Splitting | TuningResult | None) -> dict[str, Any] | None:
-    """A result with its table as `text`; None if there is none."""
-    if result is None:
-        return None
-    return {**to_jsonable(result), "text": result.format_table()}
 
 
 def _format_report(run: Run, sections: Mapping[str, Any], results: _StageResults) -> str:
