@@ -541,6 +541,18 @@ def test_oscillating_weights_and_bad_ranges_are_reported(quantized):
     assert "head._input_quantizer: " in tuning.format_table()
 
 
+@pytest.mark.parametrize(("amax", "is_bad"), [(2.99, False), (2.98, True)])
+def test_values_less_than_half_a_step_behind_the_end_are_not_clipped(amax, is_bad):
+    """Most values of a centered ReLU6 are -3."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    images = torch.tensor([[-3.0, -3.0, -3.0, 2.0]])
+    qdq.swap_modules(model, images, include=["*"])
+    qdq.calibrate_model(model, [images])
+    model[0].input_quantizer.amax = torch.tensor(amax)
+    reasons = [entry.reason for entry in find_bad_ranges(model, images)]
+    assert reasons == (["75% of the values are clipped"] if is_bad else [])
+
+
 def test_ranges_of_weights_are_judged_by_channel(quantized):
     amax = quantized.conv.weight_quantizer.amax
     amax[0] *= 1000
