@@ -361,9 +361,8 @@ class _Problem:
         output = product.compute(weight=weight)
         all_rows = product.rows_of(output)
         rows = all_rows[sample.positions].float()
-        x = (
-            product.patches_at(sample.positions, output.shape).float().contiguous()
-        )  # [groups, N, K]
+        patches = product.patches_at(sample.positions, output.shape)
+        x = patches.float().contiguous()  # [groups, N, K]
         groups, count, size = x.shape
         residual = _by_group(sample.rows - rows, groups)
         live = _by_group(sample.weigh(rows), groups)
@@ -382,6 +381,7 @@ class _Problem:
             num_fitted = len(output) - len(output) // HELD_OUT
             positions_of_sample = len(all_rows) // len(output)
             is_held = sample.positions >= num_fitted * positions_of_sample
+            # Weights of 0, not an index of rows: on a GPU that would wait.
             fitted = _Moments.of_rows(x, residual, counted * ~is_held)
             judged = _Moments.of_rows(x, residual, counted * is_held)
             move = _choose_move(_LeastSquares(fitted), _LeastSquares(judged))
