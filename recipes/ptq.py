@@ -74,7 +74,7 @@ def ptq(
             bounds: half of the step, and no operator more in the file. By default with --accuracy balanced and best,
             unless a format is fp8.
         accuracy: How much is done to come closer to the float model: fast corrects biases after the analysis, balanced
-            also splits channels and centers inputs before calibration, and rounds weights for their outputs (minutes),
+            also centers inputs and splits channels before calibration, and rounds weights for their outputs (minutes),
             best also reconstructs blocks and fine-tunes weights without labels (many minutes). What does not help on
             held-out calibration samples after the analysis is undone.
         extra_macs: How many multiplications the model may have more, as a share: balanced and best make layers wider
