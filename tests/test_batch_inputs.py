@@ -162,7 +162,7 @@ def test_every_form_goes_through_the_stages_of_accuracy(form):
     swap_modules(model, wrap(IMAGES))
     calibrate_model(model, [wrap(IMAGES)])
     correct_bias(model, [wrap(IMAGES), wrap(IMAGES[:2])])
-    round_weights(model, [wrap(IMAGES)], steps=2)
+    round_weights(model, [wrap(IMAGES)])
     reconstruct_blocks(model, [wrap(IMAGES)], steps=2)
     analysis = analyze_layers(model, [wrap(IMAGES)])
     assert analysis.images == 4

@@ -84,7 +84,7 @@ def list_steps(images):
             model, [images], max_float_layers=1, max_float_share=1
         ),
         "correct": lambda model: correct_bias(model, [images]),
-        "round": lambda model: round_weights(model, [images], steps=30),
+        "round": lambda model: round_weights(model, [images]),
     }
 
 

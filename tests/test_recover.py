@@ -112,10 +112,10 @@ def test_the_last_fit_has_the_options_of_the_pass(net: nn.Module, samples: torch
     judge = Judge(net, [samples[:32]])
     _calibrate(net, samples)
     by_hand = copy.deepcopy(net)
-    qdq.round_weights(net, [samples[32:]], steps=7)
+    qdq.round_weights(net, [samples[32:]])
     judge.measure("rounded", net)
     qdq.recover_accuracy(net, [samples[32:]], judge, refit=[samples])
-    qdq.round_weights(by_hand, [samples], steps=7)
+    qdq.round_weights(by_hand, [samples])
     if len(list_passes(net)) == 2:
         qdq.correct_bias(by_hand, [samples])
 

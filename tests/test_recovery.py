@@ -155,7 +155,7 @@ def test_passes_are_recorded_as_if_they_had_run(tmp_path):
     path = tmp_path / "recovery.safetensors"
     first, second = start(), start()
     for started in (first, second):
-        qdq.round_weights(started.model, [started.samples], steps=7)
+        qdq.round_weights(started.model, [started.samples])
         started.judge.measure("rounded", started.model)
         started.recover(path)
     assert [entry.name for entry in list_passes(second.model)] == [

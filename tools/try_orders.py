@@ -33,7 +33,6 @@ def try_orders(
     eval_images: int = 64,
     analysis_images: int = 8,
     image_size: int | None = None,
-    steps: int = 300,
     seed: int = 0,
     json: Path | None = None,
 ) -> int:
@@ -44,7 +43,6 @@ def try_orders(
         eval_images: Number of images to measure on.
         analysis_images: Number of calibration images for the analysis.
         image_size: Side of the images in pixels; smaller ones take less time.
-        steps: Steps of the search of `round_weights` in each layer.
         seed: Seed of the crops.
         json: Also write the figures to this file.
     """
@@ -62,7 +60,7 @@ def try_orders(
         "calibrate": lambda model: qdq.calibrate_model(model, calibration),
         "analyze": lambda model: qdq.analyze_layers(model, calibration.subset(analysis_images)),
         "correct": lambda model: qdq.correct_bias(model, calibration),
-        "round": lambda model: qdq.round_weights(model, calibration, steps=steps),
+        "round": lambda model: qdq.round_weights(model, calibration),
     }
     rows: list[dict[str, str | float]] = []
     began = time.perf_counter()

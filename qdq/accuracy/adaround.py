@@ -10,8 +10,10 @@ layers before. With W the weights, x the quantized input of a patch and r = y - 
    for filters of many weights. No move of any layer is fitted to that quarter: else the noise of the layers before
    would be smaller there than on new samples, and each layer would follow residuals of the few images of a calibration.
 2. With d the error of the codes of a filter against W + m, in steps of its scale s, the loss L(d) = s^2 d G d' needs no
-   data. The search is the one of the paper: rectified sigmoids, pushed to 0 or 1 by a regularizer with an annealed
-   exponent. Then single codes are flipped as long as that lowers L.
+   data. Single codes are flipped as long as that lowers L: greedy coordinate descent (CDQuant, Nair and Suggala, 2024,
+   arXiv 2406.17542). It begins at the nearest codes, and again at those of mean field annealing (Bilbro et al., NIPS
+   1988); the lower end counts. The rectified sigmoids of the paper, 300 steps of Adam before the same descent, end no
+   lower and need ten times the time.
 
 The bias is float and has its best value for any codes, so G is a covariance, and the bias absorbs the means.
 """
@@ -19,7 +21,6 @@ The bias is float and has its best value for any codes, so G is a covariance, an
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from qdq.accuracy.code_choice import Neighbors, clamp_codes
 from qdq.accuracy.layerwise import (
     HELD_OUT,
     LayerPlan,
@@ -48,7 +50,6 @@ from qdq.batch import join_batches
 from qdq.corrections import AccuracyPass, record_pass, redo_passes, undoing_passes
 from qdq.device import read_numbers, without_tf32
 from qdq.errors import StateError
-from qdq.formats import Format
 from qdq.forward import require_model
 from qdq.nn import QuantMixin
 from qdq.nn.scaling import is_shifted, shift_of_mean
@@ -58,12 +59,9 @@ from qdq.run import require_seed
 
 logger = logging.getLogger(__name__)
 
-_GAMMA, _ZETA = -0.1, 1.1  # the sigmoid is stretched to this interval, then clamped to 0..1
-_LEARNING_RATE = 3e-2
-_WEIGHT = 0.1  # weight of the regularizer; 1 is the loss of random rounding
-_WARM_UP = 0.2  # fraction of the steps without regularizer
-_BETA = (20.0, 2.0)
-_FIXED = 1e-3  # a weight this close to a code keeps it, in steps of the scale
+_ANNEALING_STEPS = 60
+_TEMPERATURES = (0.3, 0.05)  # first and last, relative to the mean energy of the input
+_DAMPING = 0.3  # how far a probability moves to its new value in a step
 _TOLERANCE = 1e-6  # smallest gain of a flip, relative to the mean energy of the input
 _PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 _MOST_WEIGHTS = 256  # of a filter whose weights are moved; more would follow the few samples
@@ -131,7 +129,6 @@ def round_weights(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    steps: int = 300,
     seed: int = 0,
     reference: nn.Module | None = None,
     outputs: Selection | None = None,
@@ -153,7 +150,6 @@ def round_weights(
             classifier has one position per image, and a few positions do not determine many weights. The last quarter
             judges how much noise the weights may make up for. So samples of one origin (cuts of one photograph) must
             follow each other, and should not be in that quarter and before it.
-        steps: Steps of the search in each layer.
         seed: Seed of the random positions.
         reference: The float model. None: the model itself with its quantizers off and its float weights.
         outputs: Parts of the outputs to report, as for `predictor.predict`; None for all.
@@ -180,7 +176,6 @@ def round_weights(
     again = partial(
         round_weights,
         batches=[inputs],
-        steps=steps,
         seed=seed,
         reference=reference,
         outputs=outputs,
@@ -193,7 +188,7 @@ def round_weights(
         for layer in plan.layers.values():
             layer.keep_float()
         record_pass(model, AccuracyPass("round_weights", again))
-        layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs, steps)
+        layers, rounded_outputs = _round_in_order(model, plan.layers, samples, inputs)
         redo_passes(model, later)
     for name, reason in plan.skipped.items():
         layers.append(RoundedLayer(name, 0.0, 1.0, reason))
@@ -207,7 +202,6 @@ def _round_in_order(
     layers: dict[str, QuantMixin],
     samples: dict[str, Sample],
     inputs: Any,
-    steps: int,
 ) -> tuple[list[RoundedLayer], Any]:
     """Round each layer while it runs, in one quantized forward.
 
@@ -219,7 +213,7 @@ def _round_in_order(
 
         def learn(name: str, _: nn.Module, product: Product) -> torch.Tensor:
             layer = layers[name]
-            results[name] = _round_layer(layer, product, samples.pop(name), steps)
+            results[name] = _round_layer(layer, product, samples.pop(name))
             progress.update()
             weight = layer.weight_quantizer(layer._parameters["weight"])
             return product.compute(weight=weight, bias=layer._parameters["bias"])
@@ -246,13 +240,12 @@ class _LayerResult(NamedTuple):
 
 
 @torch.no_grad()
-def _round_layer(layer: QuantMixin, product: Product, sample: Sample, steps: int) -> _LayerResult:
+def _round_layer(layer: QuantMixin, product: Product, sample: Sample) -> _LayerResult:
     """Round the weight of one layer and correct its bias."""
     weight = layer._parameters["weight"]
     assert weight is not None  # noqa: S101
     problem = _Problem(weight, layer.weight_quantizer, product, sample)
-    codes = problem.relax(steps) if steps else problem.nearest
-    codes = problem.descend(codes)
+    codes = problem.solve()
     error = problem.loss(codes) / problem.loss(problem.nearest).clamp_min(_TINY)
     shift = problem.best_shift(codes)
     # The bias followed the rounding of the former weight; the new one is not rounded further.
@@ -283,64 +276,6 @@ def leave_out_fp8(plan: LayerPlan) -> LayerPlan:
             "leave this pass out; FP8 gains little from it.",
         )
     return replace(plan, layers=layers, skipped=skipped)
-
-
-class SoftCodes:
-    """For each weight the codes below and above it, and a rectified sigmoid that goes from one to the other.
-
-    Args:
-        ideal: Weights in steps of their scale, any shape.
-        fmt: Their format.
-        start: The values that the sigmoids give first, in the same steps; `ideal` if None.
-
-    Attributes:
-        nearest: The codes that nearest rounding gives.
-        low: The lower codes.
-        high: The upper codes.
-        span: `high - low`.
-        logits: The variables of the sigmoids.
-    """
-
-    def __init__(
-        self, ideal: torch.Tensor, fmt: Format, *, start: torch.Tensor | None = None
-    ) -> None:
-        self.nearest = _clamp_codes(ideal.round(), fmt)
-        # The largest weight keeps its code, so the range keeps its value.
-        is_fixed = (ideal - self.nearest).abs() < _FIXED
-        floor = ideal.floor()
-        self.low = torch.where(is_fixed, self.nearest, _clamp_codes(floor, fmt))
-        self.high = torch.where(is_fixed, self.nearest, _clamp_codes(floor + 1, fmt))
-        self.span = self.high - self.low
-        first = ideal if start is None else start
-        fraction = ((first - self.low) / self.span.clamp_min(1)).clamp(0, 1)
-        self.logits = torch.logit((fraction - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
-
-    def up(self) -> torch.Tensor:
-        """0 for the lower code, 1 for the upper one, or between (equation 23 of the paper)."""
-        return (torch.sigmoid(self.logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-
-    def harden(self) -> torch.Tensor:
-        """The codes that the sigmoids are closer to."""
-        return torch.where(torch.sigmoid(self.logits.detach()) > 0.5, self.high, self.low)
-
-
-def _clamp_codes(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Codes in the range of a format, which is symmetric for weights."""
-    return codes.clamp(max(fmt.qmin, -fmt.qmax), fmt.qmax)
-
-
-def penalize_soft(up: torch.Tensor, step: int, steps: int) -> torch.Tensor:
-    """The regularizer that pushes sigmoids to 0 or 1 (equation 24 of the paper), summed; 0 in the first steps.
-
-    Args:
-        up: From `SoftCodes.up`.
-        step: The present step.
-        steps: Number of steps.
-    """
-    if step < _WARM_UP * steps:
-        return up.new_zeros(())
-    roundness = (2 * up - 1).abs() ** _anneal(step, steps)
-    return _WEIGHT * (1 - roundness).sum()
 
 
 class _Problem:
@@ -400,15 +335,12 @@ class _Problem:
         self._gram = fit.covariance * shrink + torch.diag_embed(self._diagonal[:, 0] * (1 - shrink))
 
         self._ideal = (self._weight + move) / self.scale  # before rounding
-        self._soft = SoftCodes(self._ideal, quantizer.format)
-        self.nearest = _clamp_codes((self._weight / self.scale).round(), quantizer.format)
+        self._neighbors = Neighbors.of(self._ideal, quantizer.format)
+        self.nearest = clamp_codes((self._weight / self.scale).round(), quantizer.format)
 
     def loss(self, codes: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the output with its best bias, summed over the filters."""
-        error = codes - self._ideal
-        added = (error @ self._gram * error).sum(-1)
-        added = added * self.scale[..., 0].square()
-        return (added + self._residual_error).sum()
+        return (self._added_error(codes) + self._residual_error).sum()
 
     def best_shift(self, codes: torch.Tensor) -> torch.Tensor:
         """The change of the bias that gives the output the mean of the float output, float64 `[Cout]`."""
@@ -416,23 +348,40 @@ class _Problem:
         moved = change.double() * self._mean_x.double()
         return (self._mean_residual.double() - moved.sum(-1)).flatten()
 
-    def relax(self, steps: int) -> torch.Tensor:
-        """The codes that rectified sigmoids give (equations 23 and 24 of the paper)."""
-        soft = self._soft
-        optimizer = torch.optim.Adam([soft.logits], _LEARNING_RATE)
-        unit = (self._diagonal.mean(-1, keepdim=True) / 6).clamp_min(_TINY)
-        factor = soft.span / unit
-        for step in range(steps):
-            with torch.enable_grad():
-                up = soft.up()
-                slope = self._gradient(soft.low + up.detach() * soft.span)
-                objective = (up * (slope * factor)).sum()
-                objective = objective + penalize_soft(up, step, steps)
-                (soft.logits.grad,) = torch.autograd.grad(objective, soft.logits)
-            optimizer.step()
-        return soft.harden()
+    def solve(self) -> torch.Tensor:
+        """The codes that the descent ends at, for each filter the better ones of two starts."""
+        nearest = self._neighbors.nearest
+        from_nearest = self._descend(nearest)
+        # Annealing may fail, and from worse codes than the nearest the descent is long.
+        start = self._choose(nearest, self._anneal())
+        return self._choose(from_nearest, self._descend(start))
 
-    def descend(self, codes: torch.Tensor) -> torch.Tensor:
+    def _choose(self, codes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """For each filter, the codes with the lower loss."""
+        is_better = self._added_error(others) < self._added_error(codes)
+        return torch.where(is_better[..., None], others, codes)
+
+    def _anneal(self) -> torch.Tensor:
+        """The codes of mean field annealing.
+
+        Each code is the upper one with a probability, which follows from what a flip would cost if the others had the
+        mean of their probabilities. With falling temperature the probabilities go to 0 or 1. If inputs are nearly the
+        same, they swing between both in spite of the damping, and the codes are worse than the nearest ones.
+        """
+        low, span = self._neighbors.low, self._neighbors.span
+        unit = self._diagonal.mean(-1, keepdim=True).clamp_min(_TINY)
+        probability = ((self._ideal - low) / span.clamp_min(1)).clamp(0, 1)
+        first, last = _TEMPERATURES
+        for step in range(_ANNEALING_STEPS):
+            temperature = first * (last / first) ** (step / (_ANNEALING_STEPS - 1))
+            slope = self._gradient(low + probability * span)
+            # The loss of the upper code minus that of the lower one; the span is 1 or 0.
+            cost = span * (slope + self._diagonal * (1 - 2 * probability))
+            wanted = torch.sigmoid(-cost / (temperature * unit))
+            probability = probability.lerp(wanted, _DAMPING)
+        return torch.where(probability > 0.5, self._neighbors.high, low)
+
+    def _descend(self, codes: torch.Tensor) -> torch.Tensor:
         """In every filter, flip the code that lowers the loss most, until no flip lowers it."""
         codes = codes.clone()
         group = torch.arange(len(codes), device=codes.device)[:, None]
@@ -444,7 +393,7 @@ class _Problem:
         if not is_on_cpu:
             next_check = max(_UNCHECKED_FLIPS, int(_UNCHECKED_FRACTION * size))
         for num_flips in range(4 * size):
-            flip = self._soft.low + self._soft.high - 2 * codes
+            flip = self._neighbors.flip(codes)
             change, index = (flip * slope + flip.square() * self._diagonal).min(-1)
             is_better = change < -tolerance
             if num_flips == next_check:
@@ -456,6 +405,12 @@ class _Problem:
             codes.scatter_add_(-1, index[..., None], move)
             slope += 2 * move * self._gram[group, index]
         return codes
+
+    def _added_error(self, codes: torch.Tensor) -> torch.Tensor:
+        """What the rounding adds to the squared error of each filter, `[groups, filters of a group]`."""
+        error = codes - self._ideal
+        added = (error @ self._gram * error).sum(-1)
+        return added * self.scale[..., 0].square()
 
     def _gradient(self, codes: torch.Tensor) -> torch.Tensor:
         """Gradient of the loss in units of the squared scale."""
@@ -586,13 +541,6 @@ def _choose_move(fitted: _LeastSquares, judged: _LeastSquares) -> torch.Tensor:
     errors = torch.stack([judged.error(move).sum() for move in candidates])
     # Not indexed by a number: on a GPU that would wait.
     return torch.stack(candidates).index_select(0, errors.argmin()[None])[0]
-
-
-def _anneal(step: int, steps: int) -> float:
-    """The exponent of the regularizer, which goes from its first value to its last along half a cosine."""
-    progress = (step - _WARM_UP * steps) / (steps * (1 - _WARM_UP))
-    first, last = _BETA
-    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _by_group(rows: torch.Tensor, groups: int) -> torch.Tensor:

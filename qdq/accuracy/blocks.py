@@ -27,7 +27,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from qdq.accuracy.adaround import SoftCodes, leave_out_fp8, penalize_soft
+from qdq.accuracy.adaround import leave_out_fp8
+from qdq.accuracy.code_choice import SoftCodes
 from qdq.accuracy.layerwise import (
     HELD_OUT,
     FlatArrays,
@@ -721,8 +722,7 @@ class _LearnedLayer:
             del attributes["bias"]
 
     def _quantize(self, *_: Any) -> torch.Tensor:
-        codes = self.codes
-        return ((codes.low + codes.up() * codes.span) * self._scale).to(self._type)
+        return (self.codes.relax() * self._scale).to(self._type)
 
     @torch.no_grad()
     def store(self) -> None:
@@ -823,6 +823,6 @@ class _Search:
         penalties = []
         num_weights = 0
         for layer in self._layers.values():
-            penalties.append(penalize_soft(layer.codes.up(), step, steps))
+            penalties.append(layer.codes.penalize(step, steps))
             num_weights += layer.codes.logits.numel()
         return torch.stack(penalties).sum() / num_weights

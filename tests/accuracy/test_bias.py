@@ -355,7 +355,7 @@ def test_the_analytic_correction_twice_is_that_of_once():
 
 def test_the_analytic_correction_is_refused_for_learned_weights():
     model, images = quantized_pair()
-    round_weights(model, [images], steps=5)
+    round_weights(model, [images])
     with pytest.raises(StateError, match="round_weights has learned"):
         correct_bias(model, [images], method="analytic")
 

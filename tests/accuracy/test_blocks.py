@@ -219,7 +219,7 @@ def test_ranges_come_back_before_a_new_calibration(net, images):
 
 def test_the_order_of_the_passes_does_not_matter(net, images):
     steps = {
-        "round": lambda model: round_weights(model, [images], steps=5),
+        "round": lambda model: round_weights(model, [images]),
         "blocks": lambda model: reconstruct_blocks(model, [images], steps=5),
         "bias": lambda model: correct_bias(model, [images]),
     }
@@ -238,7 +238,7 @@ def test_the_order_of_the_passes_does_not_matter(net, images):
 
 
 def test_rounding_starts_from_the_codes_of_adaround(net, images, monkeypatch):
-    round_weights(net, [images], steps=20)
+    round_weights(net, [images])
     rounded = list_state(net)
     firsts = []
     monkeypatch.setattr(

@@ -23,7 +23,7 @@ from qdq.quantizer import disable_quantization
 PASSES = {
     "analytic": lambda model, data, **view: correct_bias(model, data, method="analytic", **view),
     "empirical": correct_bias,
-    "rounding": lambda model, data, **view: round_weights(model, data, steps=20, **view),
+    "rounding": lambda model, data, **view: round_weights(model, data, **view),
     "blocks": lambda model, data, **view: reconstruct_blocks(model, data, steps=5, **view),
     "tuning": lambda model, data, **view: tune_weights(model, data, steps=3, **view),
 }
