@@ -68,21 +68,21 @@ def test_ranges_set_again_and_by_hand(batches):
     require_usable(fresh, batches[0])
 
 
-def test_corrected_bias_and_equalized_weights(batches):
-    equalized, corrected = make_float(), make_calibrated(batches)
+def test_corrected_bias_rounded_and_equalized_weights(batches):
+    equalized, corrected, rounded = make_float(), make_calibrated(batches), make_calibrated(batches)
+    expected = copy.deepcopy(rounded)
+    qdq.round_weights(expected, batches)
     with torch.inference_mode():
         qdq.equalize_layers(equalized, batches)
         qdq.split_channels(equalized, batches, extra_macs=3.0)
         qdq.correct_bias(corrected, batches)
+        qdq.round_weights(rounded, batches)
+    for name, values in expected.state_dict().items():
+        assert torch.equal(rounded.state_dict()[name], values), name
     assert corrected[0].bias is not None
     require_usable(equalized, batches[0])
     require_usable(corrected, batches[0])
-
-
-def test_learned_rounding_says_that_it_needs_gradients(batches):
-    model = make_calibrated(batches)
-    with torch.inference_mode(), pytest.raises(qdq.StateError, match="inference_mode"):
-        qdq.round_weights(model, batches)
+    require_usable(rounded, batches[0])
 
 
 def test_a_model_made_there_is_exported_outside(batches, tmp_path):

@@ -111,11 +111,13 @@ def test_balanced_rounds_weights_too(net: nn.Module, samples: torch.Tensor) -> N
 def test_the_last_fit_has_the_options_of_the_pass(net: nn.Module, samples: torch.Tensor) -> None:
     judge = Judge(net, [samples[:32]])
     _calibrate(net, samples)
-    by_hand = copy.deepcopy(net)
-    qdq.round_weights(net, [samples[32:]])
+    by_hand, reference = copy.deepcopy(net), copy.deepcopy(net)
+    with torch.no_grad():
+        next(reference.parameters()).mul_(1.1)
+    qdq.round_weights(net, [samples[32:]], reference=reference)
     judge.measure("rounded", net)
     qdq.recover_accuracy(net, [samples[32:]], judge, refit=[samples])
-    qdq.round_weights(by_hand, [samples])
+    qdq.round_weights(by_hand, [samples], reference=reference)
     if len(list_passes(net)) == 2:
         qdq.correct_bias(by_hand, [samples])
 

@@ -1,5 +1,6 @@
 """Accuracy passes that are killed at any place end with the model of a call that was not."""
 
+import copy
 import itertools
 from functools import partial
 from typing import NamedTuple
@@ -154,8 +155,11 @@ def test_ctrl_c_in_a_pass(whole, monkeypatch, tmp_path):
 def test_passes_are_recorded_as_if_they_had_run(tmp_path):
     path = tmp_path / "recovery.safetensors"
     first, second = start(), start()
+    reference = copy.deepcopy(first.model)
+    with torch.no_grad():
+        next(reference.parameters()).mul_(1.1)
     for started in (first, second):
-        qdq.round_weights(started.model, [started.samples])
+        qdq.round_weights(started.model, [started.samples], reference=reference)
         started.judge.measure("rounded", started.model)
         started.recover(path)
     assert [entry.name for entry in list_passes(second.model)] == [

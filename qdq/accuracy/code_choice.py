@@ -1,4 +1,4 @@
-"""The choice between the codes below and above each weight, as numbers that can be learned."""
+"""The codes below and above each weight, and the choice between them as a number that can be learned."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Neighbors:
 
     @property
     def span(self) -> torch.Tensor:
-        """`high - low`: 1, or 0 where the code is fixed."""
+        """`high - low`: 1, or 0 where the code is fixed or the weight lies outside of the range."""
         return self.high - self.low
 
     def flip(self, codes: torch.Tensor) -> torch.Tensor:
-        """What each code changes by if the other neighbor is taken."""
+        """The change of each code if it goes to the other neighbor."""
         return self.low + self.high - 2 * codes
 
 
@@ -74,19 +74,19 @@ class SoftCodes:
     """
 
     def __init__(self, ideal: torch.Tensor, fmt: Format, *, start: torch.Tensor) -> None:
-        self._neighbors = Neighbors.of(ideal, fmt)
-        neighbors = self._neighbors
-        fraction = ((start - neighbors.low) / neighbors.span.clamp_min(1)).clamp(0, 1)
+        neighbors = Neighbors.of(ideal, fmt)
+        self._low, self._high, self._span = neighbors.low, neighbors.high, neighbors.span
+        fraction = ((start - self._low) / self._span.clamp_min(1)).clamp(0, 1)
         self.logits = torch.logit((fraction - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
 
     def relax(self) -> torch.Tensor:
         """The values between the codes that the sigmoids give, with gradients."""
-        return self._neighbors.low + self._rise() * self._neighbors.span
+        return self._low + self._rise() * self._span
 
     def harden(self) -> torch.Tensor:
         """The codes that the sigmoids are closer to."""
         is_high = torch.sigmoid(self.logits.detach()) > 0.5
-        return torch.where(is_high, self._neighbors.high, self._neighbors.low)
+        return torch.where(is_high, self._high, self._low)
 
     def penalize(self, step: int, steps: int) -> torch.Tensor:
         """The regularizer that pushes sigmoids to 0 or 1 (equation 24 of the paper), summed; 0 in the first steps.

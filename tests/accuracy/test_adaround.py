@@ -209,31 +209,51 @@ def test_a_small_filter_gets_the_best_codes_of_all():
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_the_search_ends_near_the_best_codes_of_all(num_bits):
     """Against all 1,024 codes around each filter, in float64. The inputs are codes of int8, so only weights err."""
-    torch.manual_seed(6)
-    layer = nn.Linear(10, 16)
+    learned = best = 0.0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layer = nn.Linear(10, 16)
+        model = nn.Sequential(layer)
+        swap_modules(model, torch.zeros(2, 10), include=["0"])
+        layer._weight_quantizer._num_bits = num_bits
+        x = (20 * torch.randn(4096, 10) @ torch.randn(10, 10)).round().clamp(-127, 127)
+        calibrate_model(model, [x], method="max")
+        assert torch.equal(layer._input_quantizer(x), x)
+        scale = layer.weight_quantizer.scale.reshape(-1, 1)
+        ideal = (layer.weight.detach() / scale).double()
+        most = 2 ** (num_bits - 1) - 1
+        ups = torch.tensor(list(itertools.product((0, 1), repeat=10)))[:, None]
+        covariance = x.double().t().cov()
+
+        round_weights(model, [x])
+        learned += float(rounding_losses(codes_of(layer), ideal, covariance).sum())
+        choices = (ideal.floor() + ups).clamp(-most, most)
+        best += float(rounding_losses(choices, ideal, covariance).amin(0).sum())
+    assert 1 <= learned / best < 1.15  # flips from the nearest codes alone end at 1.15 to 1.23
+
+
+def test_the_search_uses_correlations_of_many_inputs():
+    """Inputs of 30 causes, 288 weights: mean field annealing beats the flips alone only if it is damped enough."""
+    torch.manual_seed(8)
+    layer = nn.Linear(288, 64)
     model = nn.Sequential(layer)
-    swap_modules(model, torch.zeros(2, 10), include=["0"])
-    layer._weight_quantizer._num_bits = num_bits
-    x = (20 * torch.randn(4096, 10) @ torch.randn(10, 10)).round().clamp(-127, 127)
+    swap_modules(model, torch.zeros(2, 288), include=["0"])
+    x = torch.randn(2000, 30) @ torch.randn(30, 288) + 0.3 * torch.randn(2000, 288)
     calibrate_model(model, [x], method="max")
-    assert torch.equal(layer._input_quantizer(x), x)
-    ideal = (layer.weight.detach() / layer.weight_quantizer.scale.reshape(-1, 1)).double()
-    most = 2 ** (num_bits - 1) - 1
-    covariance = x.double().t().cov()
-
-    def losses(codes):
-        error = codes - ideal
-        return ((error @ covariance) * error).sum(-1)
-
+    quantized_x = layer._input_quantizer(x).double()
+    scale = layer.weight_quantizer.scale.reshape(-1, 1)
+    ideal = (layer.weight.detach() / scale).double()
+    covariance = quantized_x.t().cov()
+    nearest = rounding_losses(ideal.round(), ideal, covariance).sum()
     round_weights(model, [x])
-    nearest = losses(ideal.round().clamp(-most, most)).sum()
-    learned = losses(codes_of(layer).double()).sum()
-    best = torch.full((16,), math.inf, dtype=torch.float64)
-    for ups in itertools.product((0, 1), repeat=10):
-        codes = (ideal.floor() + torch.tensor(ups)).clamp(-most, most)
-        best = best.minimum(losses(codes))
-    assert best.sum() <= learned < 1.2 * best.sum()
-    assert learned < 0.6 * nearest
+    learned = rounding_losses(codes_of(layer), ideal, covariance).sum()
+    assert learned < 0.044 * nearest  # 0.040; flips from the nearest codes alone end at 0.047
+
+
+def rounding_losses(codes, ideal, covariance):
+    """The squared error of the output of each filter, in units of the squared scale, float64 `[..., Cout]`."""
+    error = codes.double() - ideal
+    return ((error @ covariance) * error).sum(-1)
 
 
 def test_export_has_the_learned_codes_and_restoring_forgets_them(quantized, images, tmp_path):
