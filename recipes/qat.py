@@ -99,7 +99,7 @@ def qat(
             together. With labels the last weights are kept, not the best.
         ranges: frozen as calibrated, learned by lsq or pact, or ema, which follows the data.
         layers: Train only these layers; patterns as for exclude. All layers if left out.
-        schedule: Length and learning rates. With accuracy balanced or best, training stops by default after 3
+        schedule: Length and learning rates. With accuracy balanced or best, training stops by default after 2
             measurements in a row that were not better; there are about 10.
         amp: Compute in bfloat16 where torch.autocast does.
         tensorboard: Write the curves into the run folder for TensorBoard.

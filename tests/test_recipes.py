@@ -456,8 +456,8 @@ def test_bad_input_of_fine_tuning(tmp_path, monkeypatch, capsys, arguments, mess
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        (["--accuracy", "balanced"], 6),
-        (["--accuracy", "balanced", "--patience", "2"], 4),
+        (["--accuracy", "balanced"], 4),
+        (["--accuracy", "balanced", "--patience", "3"], 6),
         (["--accuracy", "balanced", "--patience", "20"], 20),
         (["--accuracy", "balanced", "--grow", "0.5"], 20),
         ([], 20),

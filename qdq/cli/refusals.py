@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qdq.workloads.workload import Workload
 
 _EXTRA_MACS = 0.05
-_PATIENCE = 3  # of about ten measurements
+_PATIENCE = 2  # of about ten measurements
 
 
 def check_layers(
@@ -261,7 +261,7 @@ def choose_extra_macs(
 def choose_patience(schedule: Schedule, accuracy: str, *, uses_labels: bool) -> Schedule:
     """The schedule of fine-tuning, which ends early by default where it is least likely to gain.
 
-    After AdaRound it hardly ever gains, and a run that will gain nothing shows that in its first third. After the
+    After AdaRound it hardly ever gains, and a run that gains is better at its first measurement as a rule. After the
     correction of biases alone, or while quantization still grows, a metric that falls at first may rise later.
 
     Args:
