@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from functools import partial
 
 import onnx
 import onnxruntime as ort
@@ -330,14 +331,22 @@ def test_corrected_biases_have_the_mean_of_the_float_output(net, images, method)
         assert abs(deviations).max() < 1e-3
 
 
-@pytest.mark.parametrize("pass_name", ["round_weights", "reconstruct_blocks", "tune_weights"])
-def test_reported_figures_are_those_of_the_model(net, images, pass_name, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        qdq.round_weights,
+        partial(qdq.reconstruct_blocks, steps=20),
+        partial(qdq.tune_weights, steps=20),
+    ],
+    ids=["round_weights", "reconstruct_blocks", "tune_weights"],
+)
+def test_reported_figures_are_those_of_the_model(net, images, change, tmp_path):
     expected = qdq.predict(net, [images])
     qdq.center_inputs(net, [images], include=["*"])
     qdq.swap_modules(net, images[:2], include=["*"])
     qdq.rewire_operations(net, images[:2])
     qdq.calibrate_model(net, [images])
-    report = getattr(qdq, pass_name)(net, [images], steps=20)
+    report = change(net, [images])
     actual = qdq.predict(net, [images])
     assert report.after_db == pytest.approx(sqnr_db(expected, actual), abs=0.05)
     exported = qdq.export_onnx(net, images[:2], tmp_path / "net.onnx")
