@@ -348,10 +348,11 @@ class _Problem:
     def solve(self) -> torch.Tensor:
         """The codes that the descent ends at, for each filter the better ones of two starts."""
         nearest = self._neighbors.nearest
-        from_nearest = self._descend(nearest)
         # Annealing may end at worse codes than the nearest. The descent would be long if it started there.
-        start = self._choose(nearest, self._anneal())
-        return self._choose(from_nearest, self._descend(start))
+        annealed = self._choose(nearest, self._anneal())
+        # Both at once: on a GPU, each descent waits.
+        from_nearest, from_annealed = self._descend(torch.stack([nearest, annealed]))
+        return self._choose(from_nearest, from_annealed)
 
     def _choose(self, codes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         """For each filter, the codes with the lower loss."""
@@ -379,9 +380,13 @@ class _Problem:
         return torch.where(probability > 0.5, self._neighbors.high, low)
 
     def _descend(self, codes: torch.Tensor) -> torch.Tensor:
-        """In every filter, flip the code that lowers the loss most, until no flip lowers it."""
+        """In every filter, flip the code that lowers the loss most, until no flip lowers it.
+
+        Args:
+            codes: The starts, `[starts, groups, filters of a group, K]`.
+        """
         codes = codes.clone()
-        group = torch.arange(len(codes), device=codes.device)[:, None]
+        group = torch.arange(len(self._gram), device=codes.device)[:, None]
         slope = self._gradient(codes)
         tolerance = _TOLERANCE * self._diagonal.mean(-1)
         is_on_cpu = codes.device.type == "cpu"

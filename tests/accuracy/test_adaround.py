@@ -356,7 +356,7 @@ def test_rounding_seldom_waits_for_the_gpu(quantized, gpu):
         report = round_weights(quantized, batches)
     num_waits = len(list_waits(events))
     print(f"round_weights: {num_waits} waits for {len(report.layers)} layers")
-    assert num_waits <= 2 * len(report.layers) + 4
+    assert num_waits <= len(report.layers) + 4
 
 
 def test_residual_network_of_torchvision():
