@@ -13,6 +13,9 @@ from qdq.quantize import own_tensor
 _FACTORS = "input_factors"
 OFFSET_KEY = "input_offset"
 """The buffer of a layer that has an offset."""
+_HANDLES = "_input_handles"
+
+_Hook = Callable[..., Any]
 
 
 def scale_input(layer: nn.Module, factors: torch.Tensor) -> None:
@@ -30,7 +33,7 @@ def scale_input(layer: nn.Module, factors: torch.Tensor) -> None:
         former.mul_(factors)
         return
     layer.register_buffer(_FACTORS, own_tensor(factors))
-    layer.register_forward_pre_hook(_multiply_input, with_kwargs=True)
+    _add_hook(layer, _multiply_input)
 
 
 def restore_input(layer: nn.Module) -> None:
@@ -41,7 +44,7 @@ def restore_input(layer: nn.Module) -> None:
     """
     if _FACTORS in layer._buffers:
         delattr(layer, _FACTORS)
-        _forget_hook(layer, _multiply_input)
+        _remove_hook(layer, _multiply_input)
 
 
 def shift_input(layer: nn.Module, offset: torch.Tensor) -> None:
@@ -54,7 +57,7 @@ def shift_input(layer: nn.Module, offset: torch.Tensor) -> None:
         offset: A scalar, `[]`.
     """
     layer.register_buffer(OFFSET_KEY, own_tensor(offset))
-    layer.register_forward_pre_hook(_subtract_offset, with_kwargs=True)
+    _add_hook(layer, _subtract_offset)
 
 
 def unshift_input(layer: nn.Module) -> None:
@@ -64,7 +67,7 @@ def unshift_input(layer: nn.Module) -> None:
         layer: A layer that has an offset.
     """
     delattr(layer, OFFSET_KEY)
-    _forget_hook(layer, _subtract_offset)
+    _remove_hook(layer, _subtract_offset)
 
 
 def is_shifted(layer: nn.Module) -> bool:
@@ -102,12 +105,22 @@ def list_offsets(model: nn.Module) -> list[float]:
     return offsets
 
 
-def _forget_hook(layer: nn.Module, hook: Callable[..., Any]) -> None:
-    """Remove a forward pre-hook; in a copy of a module there is no handle for it."""
-    for number, other in list(layer._forward_pre_hooks.items()):
-        if other is hook:
-            del layer._forward_pre_hooks[number]
-            layer._forward_pre_hooks_with_kwargs.pop(number, None)
+def _add_hook(layer: nn.Module, hook: _Hook) -> None:
+    """Call a function before each forward of a layer.
+
+    The layer keeps the handle: a process that loads the pickled layer then gives its new hooks other numbers. torch
+    counts them from 0 in each process, and calls two hooks of one number alike.
+    """
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    vars(layer).setdefault(_HANDLES, {})[hook] = handle
+
+
+def _remove_hook(layer: nn.Module, hook: _Hook) -> None:
+    """Undo `_add_hook`."""
+    handles = vars(layer)[_HANDLES]
+    handles.pop(hook).remove()
+    if not handles:
+        del vars(layer)[_HANDLES]
 
 
 def _multiply_input(

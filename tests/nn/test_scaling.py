@@ -5,8 +5,10 @@ import io
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from qdq import calibrate_model, fake_quantize, restore_modules, swap_modules
+from qdq.forward import trace_forward
 from qdq.nn.scaling import is_shifted, restore_input, scale_input, shift_input, unshift_input
 
 
@@ -43,6 +45,25 @@ def test_factors_are_saved():
     loaded = torch.load(file, weights_only=False)
     torch.testing.assert_close(loaded(x), layer(x))
     assert torch.equal(layer.state_dict()["input_factors"], factors)
+
+
+def test_a_process_that_loads_a_layer_gives_other_numbers_to_its_hooks(monkeypatch):
+    """torch counts them from 0 in each process, and a global hook shares its number with a hook of a module."""
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    layer, factors, x = make_layer()
+    scale_input(layer, factors)
+    shift_input(layer, torch.tensor(2.0))
+    file = io.BytesIO()
+    torch.save(nn.Sequential(layer), file)
+    file.seek(0)
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    loaded = torch.load(file, weights_only=False)
+    assert trace_forward(loaded, x).calls["0"] == 1
+    torch.testing.assert_close(loaded(x), layer(x))
+    restore_input(loaded[0])
+    unshift_input(loaded[0])
+    assert not loaded[0]._forward_pre_hooks
+    assert loaded[0]._forward_pre_hooks_with_kwargs == {}
 
 
 def test_quantizer_is_behind_the_factors():
