@@ -115,9 +115,10 @@ def bench_accuracy(
     )
     change_first("+ equalization", qdq.equalize_layers)
     split = change_first("+ splitting", qdq.split_channels)
-    both = change_first("+ centering and splitting", qdq.center_inputs, qdq.split_channels)
-    wide = change_first("+ splitting, wider layers", partial(qdq.split_channels, extra_macs=0.05))
-    starts = {"splitting": split, "centering, splitting": both, "wider layers": wide}
+    widen = partial(qdq.split_channels, extra_macs=0.05)
+    wide = change_first("+ splitting, wider layers", widen)
+    centered = change_first("+ centering, wider layers", qdq.center_inputs, widen)
+    starts = {"splitting": split, "wider layers": wide, "centering, wider layers": centered}
     for name, model in starts.items():
         corrected = copy.deepcopy(model)
         measure(f"{name}, bias", corrected, lambda model: qdq.correct_bias(model, few))
