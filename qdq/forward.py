@@ -450,6 +450,8 @@ def trace_forward(
     finally:
         for handle in handles:
             handle.remove()
+            # torch leaves the number here, and would pass keyword arguments to a later hook with the same number.
+            hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
     return recorder.finish(outputs)
 
 

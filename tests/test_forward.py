@@ -123,6 +123,7 @@ def test_leaves_model_and_hooks_as_they_were():
         trace_forward(Broken(), torch.zeros(1))
     assert not nn.modules.module._global_forward_hooks
     assert not nn.modules.module._global_forward_pre_hooks
+    assert not nn.modules.module._global_forward_hooks_with_kwargs
 
 
 def test_call_model_takes_what_loaders_yield():

@@ -47,16 +47,18 @@ def test_factors_are_saved():
     assert torch.equal(layer.state_dict()["input_factors"], factors)
 
 
-def test_a_process_that_loads_a_layer_gives_other_numbers_to_its_hooks(monkeypatch):
-    """torch counts them from 0 in each process, and a global hook shares its number with a hook of a module."""
-    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+def test_a_process_that_loads_a_layer_gives_other_numbers_to_its_hooks():
+    """torch counts them from 0 in each process; a global hook would share its number with a hook of the layer."""
+    first_id = RemovableHandle.next_id
     layer, factors, x = make_layer()
     scale_input(layer, factors)
     shift_input(layer, torch.tensor(2.0))
     file = io.BytesIO()
     torch.save(nn.Sequential(layer), file)
     file.seek(0)
-    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    RemovableHandle.next_id = (
+        first_id  # as in a process without these hooks; loading sets it further
+    )
     loaded = torch.load(file, weights_only=False)
     assert trace_forward(loaded, x).calls["0"] == 1
     torch.testing.assert_close(loaded(x), layer(x))
