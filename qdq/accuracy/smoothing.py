@@ -36,7 +36,7 @@ from qdq.dataflow import Dataflow
 from qdq.device import without_tf32
 from qdq.errors import DataError
 from qdq.forward import require_model, trace_forward
-from qdq.nn.scaling import restore_input, scale_input
+from qdq.nn.scaling import factors_of, restore_input, scale_input
 from qdq.outputs import Mask, OutputView
 from qdq.patterns import Pattern
 from qdq.quantize import fake_quantize
@@ -166,6 +166,19 @@ class _Half:
 
 
 @dataclass(frozen=True)
+class _Former:
+    """What a layer had before it was scaled.
+
+    Args:
+        weight: Its weight.
+        factors: The factors of an earlier call; None without one.
+    """
+
+    weight: torch.Tensor
+    factors: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class _Choice:
     """A way to compute the factors.
 
@@ -200,7 +213,7 @@ class _Group:
     choice: _Choice = _UNCHANGED
     gain_db: float = 0.0
     largest: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    saved: dict[str, torch.Tensor] = field(default_factory=dict)
+    saved: dict[str, _Former] = field(default_factory=dict)
 
     @torch.no_grad()
     def judge(self) -> None:
@@ -256,7 +269,7 @@ class _Group:
             return
         factors = self._factors(self.choice, self.largest)
         for name, layer in self.readers.items():
-            self.saved[name] = layer.weight.detach().clone()
+            self.saved[name] = _Former(layer.weight.detach().clone(), factors_of(layer))
             layer.weight.div_(_by_column(layer, factors))
             kernel = [1] * (layer.weight.dim() - 2)
             scale_input(layer, factors.reshape(-1, *kernel).to(layer.weight.dtype))
@@ -264,10 +277,12 @@ class _Group:
     @torch.no_grad()
     def undo(self, reason: str) -> None:
         """Undo `apply`."""
-        for name, weight in self.saved.items():
+        for name, former in self.saved.items():
             layer = self.readers[name]
-            layer.weight.copy_(weight)
+            layer.weight.copy_(former.weight)
             restore_input(layer)
+            if former.factors is not None:
+                scale_input(layer, former.factors)
             self.reason = reason
 
     @property

@@ -36,6 +36,12 @@ def scale_input(layer: nn.Module, factors: torch.Tensor) -> None:
     _add_hook(layer, _multiply_input)
 
 
+def factors_of(layer: nn.Module) -> torch.Tensor | None:
+    """A copy of the factors of a layer; None if it has none."""
+    factors = layer._buffers.get(_FACTORS)
+    return None if factors is None else factors.clone()
+
+
 def restore_input(layer: nn.Module) -> None:
     """Undo `scale_input`; nothing if the layer has no factors.
 
@@ -109,7 +115,8 @@ def _add_hook(layer: nn.Module, hook: _Hook) -> None:
     """Call a function before each forward of a layer.
 
     The layer keeps the handle: a process that loads the pickled layer then gives its new hooks other numbers. torch
-    counts them from 0 in each process, and calls two hooks of one number alike.
+    counts hooks from 0 in each process. A global hook with the same number would get the arguments of this one, and a
+    new hook of the layer would replace it.
     """
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     vars(layer).setdefault(_HANDLES, {})[hook] = handle

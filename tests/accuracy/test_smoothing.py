@@ -177,6 +177,24 @@ def test_layers_of_each_kind_are_exact(make):
     assert copy.deepcopy(model).state_dict().keys() == model.state_dict().keys()
 
 
+def test_undo_of_a_second_call_keeps_the_factors_of_the_first(monkeypatch):
+    layer = nn.Linear(16, 8)
+    spread = torch.logspace(-2, 1, 16)
+    layer.weight.data /= spread
+    data = torch.randn(8, 16) * spread
+    model = nn.Sequential(layer).eval()
+    smooth_inputs(model, [data], least_db=0, include=["*"])
+    factors = layer.input_factors.clone()
+    expected = model(data)
+    monkeypatch.setattr("qdq.accuracy.smoothing.rounding_db", lambda model: math.inf)
+    other = data.clone()
+    other[:, 3] *= 50
+    report = smooth_inputs(model, [other], least_db=0, include=["*"])
+    assert report.inputs[0].reason.startswith("undone")
+    assert torch.equal(layer.input_factors, factors)
+    assert torch.equal(model(data), expected)
+
+
 def count_products(path, factors):
     graph = onnx.load(path).graph
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
