@@ -43,7 +43,8 @@ class IntegerNetwork(nn.Module):
         for index, layer in enumerate(layers):
             require_kind(layer, nn.Module, f"layer {index}", "IntegerNetwork")
         self.layers = nn.Sequential(*layers)
-        self.register_load_state_dict_post_hook(_freeze_first)  # type: ignore[no-untyped-call]
+        # With the handle here, a process that loads the pickled network gives its new hooks other numbers.
+        self._load_hook = self.register_load_state_dict_post_hook(_freeze_first)  # type: ignore[no-untyped-call]
 
     @property
     def is_frozen(self) -> bool:
