@@ -56,9 +56,8 @@ def test_a_process_that_loads_a_layer_gives_other_numbers_to_its_hooks():
     file = io.BytesIO()
     torch.save(nn.Sequential(layer), file)
     file.seek(0)
-    RemovableHandle.next_id = (
-        first_id  # as in a process without these hooks; loading sets it further
-    )
+    # As in a process without these hooks; loading sets it further.
+    RemovableHandle.next_id = first_id
     loaded = torch.load(file, weights_only=False)
     assert trace_forward(loaded, x).calls["0"] == 1
     torch.testing.assert_close(loaded(x), layer(x))
